@@ -1,0 +1,76 @@
+"""The contract between a training loop and its hardware: nine methods a strategy must write.
+
+A strategy is a frozen dataclass: its fields are its settings, its methods are its behaviour. The nine
+methods below are all abstract, so that one an author forgets fails at construction and not in a run.
+Everything that all strategies share (finding parameters again after wrapping, gating the optimizer,
+cutting the data) is written once, in `strategies.prepared`, and is not for a subclass to replace.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .precision import Precision
+from .world import World
+
+
+@dataclass(frozen=True)
+class Strategy(ABC):
+    """How a loop meets its hardware.
+
+    Every method is called on every rank, in the same order. `wrapped` is always what this strategy's
+    own `wrap` returned.
+    """
+
+    @abstractmethod
+    def setup(self) -> World:
+        """Join the processes that the environment describes, pick the device, and say where this one stands.
+
+        Called once per `Accelerator`. Joining a process group that exists already returns the same facts.
+        Raises `LaunchError` if the environment does not fit the strategy.
+        """
+
+    @abstractmethod
+    def teardown(self, world: World) -> None:
+        """Leave what `setup` joined. Called once, after every wrapped model was freed."""
+
+    @abstractmethod
+    def wrap(self, model: nn.Module, world: World, precision: Precision) -> nn.Module:
+        """Place `model` on its device(s) and make its backward synchronise gradients.
+
+        May change `model` in place (parameters may be replaced: optimizers are re-pointed by name).
+        Raises `ConfigurationError` or `PrepareError` for a model that this strategy cannot train right.
+        """
+
+    @abstractmethod
+    def unwrap(self, wrapped: nn.Module) -> nn.Module:
+        """The user's own module inside what `wrap` returned."""
+
+    @abstractmethod
+    def autocast(self, world: World, precision: Precision) -> AbstractContextManager[Any]:
+        """A new context in which one forward pass runs in `precision`."""
+
+    @abstractmethod
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """A context around the forward and backward of a micro-batch that does not close its window."""
+
+    @abstractmethod
+    def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
+        """Finish the mean of gradients over ranks for these models, where backward has not done it.
+
+        Called once per window, after its last backward and before gradients are scaled, clipped and used.
+        """
+
+    @abstractmethod
+    def mark_step(self, world: World) -> None:
+        """Called after every update, for hardware that runs a recorded graph."""
+
+    @abstractmethod
+    def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
+        """Yield the same batches, in the same order, on the device of this rank."""

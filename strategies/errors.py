@@ -1,0 +1,55 @@
+"""Every exception this library raises on purpose.
+
+    AcceleratorError
+    ├── ConfigurationError      a setting is unknown, of the wrong type, or contradicts another
+    ├── PrepareError            an object given to `prepare` cannot be prepared
+    ├── StepError               the loop asked for something the step cannot do correctly
+    ├── DataError               a dataloader cannot be sharded, or ranks disagree about it
+    ├── CollectiveError         a collective cannot give a right answer
+    │   ├── ShapeMismatchError  ranks brought tensors of different shapes or dtypes
+    │   └── PeerLostError       another rank died or left
+    ├── LaunchError             processes cannot be started as asked
+    └── ConformanceError        a strategy breaks a promise of the contract
+
+Catch `AcceleratorError` for all of them. Messages say what came, what was expected and what to do.
+"""
+
+
+class AcceleratorError(Exception):
+    """Base of every exception raised on purpose by this library."""
+
+
+class ConfigurationError(AcceleratorError, ValueError):
+    """A setting is unknown, has the wrong type or value, or contradicts another one."""
+
+
+class PrepareError(AcceleratorError, ValueError):
+    """An object given to `prepare` is unknown, was prepared before, or does not belong with the others."""
+
+
+class StepError(AcceleratorError, RuntimeError):
+    """`backward`, `step` or `accumulate` was used in a way that would change the mathematics."""
+
+
+class DataError(AcceleratorError, RuntimeError):
+    """A dataloader cannot be sharded as asked, is empty, or was iterated differently on different ranks."""
+
+
+class CollectiveError(AcceleratorError, RuntimeError):
+    """A collective operation cannot give a right answer."""
+
+
+class ShapeMismatchError(CollectiveError):
+    """Ranks brought tensors of different structure, shape or dtype to one collective."""
+
+
+class PeerLostError(CollectiveError):
+    """Another rank died, raised, or left the process group while this one waited for it."""
+
+
+class LaunchError(AcceleratorError, RuntimeError):
+    """The processes that were asked for cannot be started, or are not the ones that were found."""
+
+
+class ConformanceError(AcceleratorError, AssertionError):
+    """A strategy breaks a rule of the contract; the message names the rule."""

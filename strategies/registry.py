@@ -1,0 +1,68 @@
+"""From the name of a strategy in a configuration to its class.
+
+A name is a built-in one, `package.module:Class`, or one that an installed package registers under the
+entry-point group `accelerator.strategies`. Classes are imported only when asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from .base import Strategy
+
+ENTRY_POINT_GROUP = "accelerator.strategies"
+
+BUILT_IN = {
+    "cpu": "strategies.single:CPU",
+    "single": "strategies.single:SingleDevice",
+    "ddp": "strategies.ddp:DDP",
+}
+
+
+def known_names() -> list[str]:
+    """Names that `resolve` accepts, built-in ones first; `package.module:Class` works besides."""
+    registered = {entry.name for entry in metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    return [*BUILT_IN, *sorted(registered - BUILT_IN.keys())]
+
+
+def resolve(name: str) -> type[Strategy]:
+    """The strategy class behind `name`.
+
+    Raises `ConfigurationError` for an unknown name (naming the nearest), for a module or attribute that
+    does not exist, and for something that is not a subclass of `Strategy`.
+    """
+    if name in BUILT_IN:
+        return _load(name, BUILT_IN[name])
+    if ":" in name:
+        return _load(name, name)
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name == name:
+            return _load(name, entry.value)
+    options = ["auto", *known_names()]
+    near = difflib.get_close_matches(name.lower(), options, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigurationError(
+        f"strategy is {name!r}; expected one of {', '.join(options)}, or 'package.module:Class'.{hint}"
+    )
+
+
+def _load(name: str, path: str) -> type[Strategy]:
+    from .base import Strategy
+
+    module_name, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(
+            f"strategy is {name!r}, but {path!r} cannot be imported: {error}. "
+            "Expected 'package.module:Class' of an importable module."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise ConfigurationError(f"strategy is {name!r}, but {path!r} is {found!r}; expected a subclass of Strategy")
+    return found
