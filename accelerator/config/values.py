@@ -1,0 +1,107 @@
+"""From a raw value (TOML, text, code) to a setting's type, or an error that says what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from strategies.errors import ConfigurationError
+
+NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "none"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value as one layer gave it.
+
+    `kind` decides how strict conversion is: a `"text"` (variable, flag) is parsed, a `"file"` value must
+    have the right TOML type, a `"code"` value the right Python type. `origin` is shown to people.
+    """
+
+    value: object
+    origin: str
+    kind: Literal["file", "text", "code"]
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the option nearest to `word`, or nothing."""
+    near = difflib.get_close_matches(word, list(options), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def describe(hint: object, *, minimum: object = None, form: str | None = None) -> str:
+    """What a value of the type `hint` looks like, in words; `form` stands for a text of some form."""
+    arguments, origin = get_args(hint), get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(option) for option in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(part, minimum=minimum, form=form) for part in arguments)
+    if origin in (tuple, list, set, frozenset):
+        inner = " or ".join(describe(part) for part in dict.fromkeys(arguments) if part is not Ellipsis)
+        return f"a list of {inner}"
+    words = NAMES.get(hint, getattr(hint, "__name__", str(hint))) if isinstance(hint, type) else str(hint)
+    if minimum is not None and hint in (int, float):
+        return f"{words} >= {minimum}"
+    return form if form is not None and hint is str else words
+
+
+def convert(name: str, given: Given, hint: object, metadata: Mapping[str, Any]) -> object:
+    """`given` as a value of the type `hint`.
+
+    Raises `ConfigurationError` with the name, the value, its origin and what was expected.
+    """
+    minimum, form = metadata.get("minimum"), metadata.get("form")
+    try:
+        value = _validate(given, hint)
+    except (ValueError, TypeError):  # a TypeError comes from a TOML date, which JSON has not
+        valid = False
+    else:
+        valid = (minimum is None or not isinstance(value, (int, float)) or value >= minimum) and (
+            form is None or not isinstance(value, str) or re.fullmatch(form.pattern, value) is not None
+        )
+    if valid:
+        return value
+    expected = describe(hint, minimum=minimum, form=form.words if form else None)
+    choices = [option for option in _literals(hint) if isinstance(option, str)]
+    did_you_mean = nearest(given.value, choices) if isinstance(given.value, str) else ""
+    raise ConfigurationError(f"{name} is {given.value!r} ({given.origin}); expected {expected}.{did_you_mean}")
+
+
+def _literals(hint: object) -> list[object]:
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [option for part in get_args(hint) for option in _literals(part)]
+
+
+def _validate(given: Given, hint: object) -> object:
+    adapter = _adapter(hint)
+    value = os.fspath(given.value) if isinstance(given.value, os.PathLike) else given.value
+    if given.kind == "code":
+        return adapter.validate_python(value, strict=True)
+    if given.kind == "file":
+        # TOML has no tuples: strict JSON knows that an array may be one, strict Python does not.
+        return adapter.validate_json(json.dumps(value), strict=True)
+    text = str(value)
+    if text[:1] in ("[", "{"):
+        return adapter.validate_json(text)
+    try:
+        return adapter.validate_python(text)
+    except ValueError:
+        if text.lower() != "none":
+            raise
+        return adapter.validate_python(None)
+
+
+def _adapter(hint: Any) -> Any:
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter  # costs 0.05 s, which importing us must not
+
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:  # dataclasses and models bring a configuration of their own
+        return TypeAdapter(hint)
