@@ -15,10 +15,10 @@ POOL = pytest.StashKey[RankPool]()
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Let the fork server import torch while other tests run."""
-    if any("ranks" in getattr(item, "fixturenames", ()) for item in session.items):
-        if not session.config.option.collectonly:
-            session.config.stash[POOL] = RankPool()
-            session.config.stash[POOL].warm()
+    used = any("ranks" in getattr(item, "fixturenames", ()) for item in session.items)
+    if used and not session.config.option.collectonly:
+        session.config.stash[POOL] = RankPool()
+        session.config.stash[POOL].warm()
 
 
 @pytest.fixture(scope="session")

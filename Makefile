@@ -1,0 +1,64 @@
+# Every target makes its environment first. An environment is installed again when pyproject.toml or
+# constraints.txt change, and kept otherwise.
+
+PYTHON ?= python3
+VENV := .venv
+VENV_XLA := .venv-xla
+XLA_PINS := torch==2.9.0 torch_xla==2.9.0
+
+KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+DEV := $(VENV)/.dev-$(KEY)
+BENCH := $(VENV)/.bench-$(KEY)
+DOCS := $(VENV)/.docs-$(KEY)
+XLA := $(VENV_XLA)/.xla-$(KEY)
+
+# These need a device, an environment of their own, or a quiet machine.
+PYTEST := -m pytest --ignore=tests/xla --ignore=tests/gpu --ignore=tests/benchmarks
+
+.NOTPARALLEL:
+.PHONY: demo test test-xla check bench docs clean
+
+demo: $(DEV)
+	$(VENV)/bin/python examples/train_digits.py --demo
+
+test: $(DEV)
+	$(VENV)/bin/python $(PYTEST) tests
+
+# The lowest torch we support is also the only one torch_xla has, so one environment serves both.
+test-xla: $(XLA)
+	$(VENV_XLA)/bin/python $(PYTEST) tests
+ifneq ($(wildcard tests/xla/test_*.py),)
+	PJRT_DEVICE=CPU CPU_NUM_DEVICES=4 TF_CPP_MIN_LOG_LEVEL=2 XLA_FLAGS=--xla_backend_optimization_level=0 \
+		$(VENV_XLA)/bin/python -m pytest tests/xla
+endif
+
+check: $(DEV)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest tests/test_architecture.py
+
+bench: $(DEV) $(BENCH)
+	set -e; for script in tests/benchmarks/bench_*.py; do $(VENV)/bin/python $$script; done
+
+docs: $(DEV) $(DOCS)
+	$(VENV)/bin/mkdocs build --strict --config-file .mkdocs.yml
+
+# What runs and builds leave behind. The environments stay: they are large and renew themselves.
+clean:
+	rm -rf site build dist runs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find accelerator strategies tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.%-$(KEY):
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[$*]'
+	rm -f $(VENV)/.$*-*
+	touch $@
+
+$(XLA):
+	test -x $(VENV_XLA)/bin/python || $(PYTHON) -m venv $(VENV_XLA)
+	grep -v '^torch==' constraints.txt > $(VENV_XLA)/constraints.txt
+	printf '%s\n' $(XLA_PINS) >> $(VENV_XLA)/constraints.txt
+	$(VENV_XLA)/bin/pip install --quiet -c $(VENV_XLA)/constraints.txt -e '.[dev,xla]'
+	rm -f $(VENV_XLA)/.xla-*
+	touch $@
