@@ -195,7 +195,7 @@ class TestWhichFile:
 
 class TestStrategy:
     def test_options_build_the_dataclass(self, options_path: str) -> None:
-        table = f'strategy = "{options_path}"\n["{options_path}"]\nflag = true\nratio = 2\nwrap = ["A", "B"]\n'
+        table = f'strategy = "{options_path}"\n["{options_path}"]\nflag = true\nratio = 2\nblocks = ["A", "B"]\n'
         found = resolve(file=table)
         assert found.strategy_for(options_path) == Options(flag=True, ratio=2.0, blocks=("A", "B"))
         assert found.origins[f"{options_path}.blocks"] == "accelerator.toml line 5"
