@@ -1,0 +1,19 @@
+"""Five lines around a PyTorch training loop: one loop, any hardware, the same numbers, or a clear error."""
+
+from pathlib import Path as _Path
+
+import strategies as _strategies
+
+if _Path(_strategies.__file__ or "").parent.parent != _Path(__file__).parent.parent:
+    raise ImportError(
+        f"`import strategies` found another package at {_strategies.__file__ or list(_strategies.__path__)}, in front of "
+        f"the one that comes with torch-accelerator in {_Path(__file__).parent.parent}. Rename or uninstall that one, or "
+        "take its folder off the front of sys.path."
+    )
+
+from strategies import CPU, DDP, AcceleratorError, SingleDevice, Strategy
+
+from .accelerator import Accelerator
+
+__all__ = ["CPU", "DDP", "Accelerator", "AcceleratorError", "SingleDevice", "Strategy"]
+__version__ = "0.1.0"

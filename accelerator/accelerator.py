@@ -1,0 +1,362 @@
+"""The facade: what a training script asks for, each handed to the part that does it."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import gc
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from strategies import Precision, Strategy, World, clipping, collectives
+from strategies.accumulation import Accumulation, Window
+from strategies.errors import DataError, PrepareError, StepError
+from strategies.prepared import View, prepare
+from strategies.sources import Cursor
+from strategies.tree import num_samples
+
+from . import processes
+from .batch_arithmetic import BatchArithmetic
+from .choice import check_world, choose_strategy
+from .config import NOT_GIVEN, NotGiven, given, resolve_settings
+from .explain import Explanation, explain
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Accelerator:
+    """Runs a training loop on whatever hardware is configured, with the numbers of one process.
+
+    Every rank constructs it, with the same arguments, and calls `prepare` with the same objects.
+
+    Arguments, each also a key of `accelerator.toml`, an `ACCELERATOR_*` variable and, but for the last two,
+    a flag of `accelerator launch`; what is given here wins:
+
+    - `strategy`: `"auto"`, a registered name, `"package.module:Class"`, a `Strategy` class or an instance.
+    - `mixed_precision`: `"no"`, `"bf16"` or `"fp16"`: the dtype of autocast in forward.
+    - `gradient_accumulation_steps`: micro-batches per optimizer step, at least 1.
+    - `global_batch_size`: samples per optimizer step over all ranks; the accumulation steps follow from it.
+    - `split_batches`: whether a loader's `batch_size` is that of all ranks together instead of each rank's.
+    - `seed`: of Python's, NumPy's and torch's generators and of the order of the data.
+    - `project_dir`: where the run's files go, and where `accelerator.toml` is looked for.
+    - `config`: the path of a configuration file.
+
+    Raises `ConfigurationError` or `LaunchError` before anything is started.
+    """
+
+    def __init__(
+        self,
+        strategy: str | Strategy | type[Strategy] | NotGiven = NOT_GIVEN,
+        *,
+        mixed_precision: Literal["no", "bf16", "fp16"] | NotGiven = NOT_GIVEN,
+        gradient_accumulation_steps: int | NotGiven = NOT_GIVEN,
+        global_batch_size: int | NotGiven | None = NOT_GIVEN,
+        split_batches: bool | NotGiven = NOT_GIVEN,
+        seed: int | NotGiven | None = NOT_GIVEN,
+        project_dir: str | os.PathLike[str] | NotGiven | None = NOT_GIVEN,
+        config: str | os.PathLike[str] | None = None,
+    ) -> None:
+        code = given(
+            strategy=strategy,
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            global_batch_size=global_batch_size,
+            split_batches=split_batches,
+            seed=seed,
+            project_dir=project_dir if isinstance(project_dir, NotGiven | None) else os.fspath(project_dir),
+        )
+        self._resolved = resolve_settings(code, config=config, environ=os.environ, directory=Path.cwd())
+        self._settings = self._resolved.settings
+        precision = Precision(self._settings.mixed_precision)
+        self._strategy = choose_strategy(self._resolved, os.environ)
+        self._world = self._strategy.setup()
+        check_world(self._resolved, self._world)
+        precision.check(self._world.device)
+        self._arithmetic = BatchArithmetic(self._resolved, self._world)
+        self._accumulation = Accumulation(self._strategy, self._world, precision, self._arithmetic.steps_for)
+        self._windows: dict[tuple[nn.Module, ...], Window] = {}
+        self._trigger = False
+        self._seeded_apart = False
+        if self._settings.seed is not None:
+            processes.seed_everything(self._settings.seed)
+        self._finalizer = weakref.finalize(self, _end, self._strategy, self._world, self._accumulation)
+
+    # -- the five lines ------------------------------------------------------------------------------------
+
+    def prepare(self, *objects: Any) -> Any:
+        """Hand models, optimizers, schedulers and dataloaders, in any order, to the strategy. Collective.
+
+        Returns their prepared counterparts in the same order; a single one by itself. Each is still an instance
+        of its class and shares its state with the object given. Raises `PrepareError` for an object that is
+        unknown, was prepared before or does not fit the others, `DataError` for a loader that cannot be cut.
+        """
+        if not objects:
+            raise PrepareError("prepare() got nothing; expected models, optimizers, schedulers or dataloaders")
+        seed = self._settings.seed
+        prepared = prepare(objects, self._accumulation, split_batches=self._settings.split_batches, seed=seed)
+        self._windows.clear()
+        self._arithmetic.add([item for item in prepared if isinstance(item, DataLoader)])
+        if seed is not None and not self._seeded_apart and self._accumulation.models:
+            self._seeded_apart = True
+            processes.seed_apart(seed, self._world)
+        return prepared[0] if len(prepared) == 1 else tuple(prepared)
+
+    def accumulate(self, *models: nn.Module, loader: DataLoader[Any] | None = None) -> AbstractContextManager[Any]:
+        """Open one micro-batch of the accumulation window of `models` (of all prepared ones without any).
+
+        Forward, `backward`, clipping, `step` and `zero_grad` belong inside. The window closes after
+        `gradient_accumulation_steps` micro-batches or with the last batch of the data; until then clipping,
+        stepping and zeroing do nothing and ranks do not communicate. Models named together share a window;
+        models with windows of their own do not get gradients from each other's losses. `loader` says which
+        prepared loader the micro-batch comes from, where two are open at once.
+        """
+        window = self._windows.get(models)
+        if window is None:
+            links = [self._link(model) for model in models]
+            window = self._windows[models] = self._accumulation.window(links)
+        return window.on(loader)
+
+    def backward(self, loss: Tensor, *, weight: float | Tensor | None = None, **arguments: Any) -> None:
+        """Backward of `loss`, a scalar: the mean over the samples of this micro-batch on this rank.
+
+        The loss is weighted so that the gradient at the optimizer's step is that of the mean over all samples of
+        the window, over all ranks. `weight`, a number >= 0 or scalar tensor, is the count of what `loss` is a mean
+        over where that is not samples (tokens, pixels): it costs one small all-reduce per window.
+        `arguments` go to `Tensor.backward`. Raises `StepError` for a loss that is no scalar or has no gradient,
+        and outside `accumulate` where gradients are to be accumulated.
+        """
+        self._accumulation.backward(loss, weight, arguments)
+
+    # -- the step ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def no_sync(self, *models: nn.Module) -> Iterator[None]:
+        """Keep the gradients of `models` local to this rank, for a loop that does its own accumulation."""
+        with ExitStack() as contexts:
+            for model in models:
+                contexts.enter_context(self._strategy.no_sync(self._link(model).wrapped))
+            yield
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A context in which operations outside a prepared model run in the configured precision too."""
+        if self._accumulation.precision.dtype is None:
+            return ExitStack()
+        return self._strategy.autocast(self._world, self._accumulation.precision)
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0
+    ) -> Tensor | None:
+        """Scale gradients so that their joint norm is at most `max_norm`, before the step. Collective.
+
+        Returns the norm before, a scalar, the same on every rank; `None`, having done nothing, inside an open
+        window, so that the loop needs no `if`.
+        """
+        held = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        return clipping.clip_grad_norm(held, max_norm, norm_type) if self._accumulation.finish(held) else None
+
+    def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
+        """Clamp every element of the gradients to [-clip_value, clip_value], before the step. Collective.
+
+        Does nothing inside an open window.
+        """
+        held = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if self._accumulation.finish(held):
+            clipping.clip_grad_value(held, clip_value)
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the micro-batch that is open, or was last, closes its window."""
+        latest = self._accumulation.latest
+        return latest is None or latest.closing
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether the last step of a prepared optimizer was skipped because float16 gradients overflowed."""
+        return self._accumulation.step_was_skipped
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per window; with `global_batch_size`, for the loader prepared first that divides it."""
+        return self._arithmetic.steps
+
+    # -- collectives ---------------------------------------------------------------------------------------
+
+    def gather(self, tree: Any) -> Any:
+        """Every tensor of any nesting, concatenated over ranks along dimension 0; scalars become (num_processes,).
+
+        Collective. Raises `ShapeMismatchError` on every rank if shapes or dtypes differ. No gradient flows through.
+        """
+        return collectives.gather(tree, self._world)
+
+    def gather_for_metrics(self, tree: Any, *, loader: DataLoader[Any] | None = None) -> Any:
+        """What each rank computed from its part of a batch, gathered so that every sample counts once, in order.
+
+        Tensors of any nesting may have any length along dimension 0 on each rank; scalars become one value per
+        rank that had samples. Lists of other objects are concatenated. What a rank computed from a repeated
+        sample, because the batch had none for it, is left out. Collective. `loader` says which prepared loader
+        the values belong to, where loops are nested and sizes do not tell.
+        """
+        sources = self._accumulation.sources
+        size = len(tree) if isinstance(tree, list) else num_samples(tree)
+        cursor = sources.measuring(size, loader)
+        if cursor is not None:
+            sources.verify(cursor)
+            if not sources.is_open(cursor) and cursor.finished and _had_ghosts(cursor, self._world):
+                raise DataError(
+                    "gather_for_metrics was called after the loop over its loader had ended, where values of repeated "
+                    "samples can no longer be told from others. Call it inside the loop, for each batch."
+                )
+        return collectives.gather_uneven(tree, self._world, keep=cursor is None or not cursor.is_ghost)
+
+    def reduce(self, tree: Any, reduction: Literal["sum", "mean"] = "sum", scale: float = 1.0) -> Any:
+        """Every tensor of any nesting summed, or averaged, over ranks, times `scale`. Collective."""
+        return collectives.reduce(tree, self._world, reduction=reduction, scale=scale)
+
+    def broadcast(self, tree: Any) -> Any:
+        """The main process's value, tensors or any picklable object, on every rank. Collective."""
+        return collectives.broadcast(tree, self._world)
+
+    def pad_across_processes(self, tree: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
+        """Every tensor of any nesting padded along `dim` to the longest of all ranks. Collective."""
+        return collectives.pad_across_processes(tree, self._world, dim=dim, pad_index=pad_index, pad_first=pad_first)
+
+    def wait_for_everyone(self) -> None:
+        """Return once every rank has called it."""
+        collectives.barrier(self._world)
+
+    def set_trigger(self) -> None:
+        """Raise this rank's flag, for `check_trigger` on all ranks. Not a collective."""
+        self._trigger = True
+
+    def check_trigger(self) -> bool:
+        """Whether any rank raised its flag since the last check; lowers them all. Collective."""
+        raised = collectives.any_true(self._trigger, self._world)
+        self._trigger = False
+        return raised
+
+    # -- processes -----------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self._world.device
+
+    @property
+    def num_processes(self) -> int:
+        """Processes in the job, over all nodes."""
+        return self._world.size
+
+    @property
+    def process_index(self) -> int:
+        """The rank of this process in the job."""
+        return self._world.rank
+
+    @property
+    def local_process_index(self) -> int:
+        """The rank of this process on its node."""
+        return self._world.local_rank
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0 of the job."""
+        return self._world.is_main
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether this is the first process of its node."""
+        return self._world.is_local_main
+
+    def print(self, *values: Any, **arguments: Any) -> None:
+        """`print` on the main process only."""
+        if self._world.is_main:
+            builtins.print(*values, **arguments)
+
+    def on_main_process(self, function: Callable[P, R]) -> Callable[P, R | None]:
+        """Decorate a function so that only the main process runs it; the others return `None` at once."""
+
+        @functools.wraps(function)
+        def on_main(*args: P.args, **kwargs: P.kwargs) -> R | None:
+            return function(*args, **kwargs) if self._world.is_main else None
+
+        return on_main
+
+    def main_process_first(self) -> AbstractContextManager[None]:
+        """A block that rank 0 runs before the others, to download or cache something once. Every rank enters it."""
+        return processes.first(self._world.is_main, self._world)
+
+    def local_main_process_first(self) -> AbstractContextManager[None]:
+        """A block that the first process of each node runs before the others of its node. Every rank enters it."""
+        return processes.first(self._world.is_local_main, self._world)
+
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
+        """This rank's contiguous share of a list, tuple, tensor, array, or mapping of them. Not a collective.
+
+        `apply_padding` repeats the last element so that all shares are equally long.
+        """
+        return processes.split(inputs, self._world, apply_padding=apply_padding)
+
+    # -- around the loop -----------------------------------------------------------------------------------
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy that runs, with its settings."""
+        return self._strategy
+
+    @property
+    def mixed_precision(self) -> str:
+        """The configured precision: `"no"`, `"bf16"` or `"fp16"`."""
+        return self._accumulation.precision.mode
+
+    @property
+    def project_dir(self) -> Path | None:
+        """Where the run's files go."""
+        return Path(self._settings.project_dir) if self._settings.project_dir is not None else None
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        """The user's own module behind a prepared one; a module that was not prepared is returned as it is."""
+        return self._link(model).original if isinstance(model, View) else model
+
+    def explain(self) -> Explanation:
+        """What was asked and what runs, every setting with its origin. Print it; not a collective."""
+        return explain(self._resolved, self._strategy, self._accumulation, self._arithmetic)
+
+    def free_memory(self) -> None:
+        """Let go of everything prepared, and return cached device memory. What was prepared is unusable after."""
+        self._windows.clear()
+        self._accumulation.release()
+        gc.collect()
+        if self._world.device.type != "cpu":
+            torch.accelerator.empty_cache()
+
+    def end_training(self) -> None:
+        """Let go of everything prepared and leave the process group. Every rank; done at exit otherwise."""
+        self._windows.clear()
+        self._finalizer()
+
+    def _link(self, model: nn.Module) -> Any:
+        for link in self._accumulation.models:
+            if isinstance(model, View) and model._link is link:
+                return link
+        raise StepError(
+            f"{type(model).__name__} was not prepared by this Accelerator. Use the model that prepare() returned."
+        )
+
+
+def _had_ghosts(cursor: Cursor, world: World) -> bool:
+    return cursor.cut is not None and cursor.cut.samples(cursor.cut.num_batches - 1) < world.size
+
+
+def _end(strategy: Strategy, world: World, accumulation: Accumulation) -> None:
+    """Free what was wrapped, then leave: threads of a process group that outlive their models abort the exit."""
+    accumulation.release()
+    gc.collect()
+    strategy.teardown(world)

@@ -1,0 +1,114 @@
+"""What was asked, what runs, and where every setting came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from strategies import Strategy
+from strategies.accumulation import Accumulation
+
+from .batch_arithmetic import BatchArithmetic
+from .config import Resolved
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a name, what was asked, what runs, and the origin of what was asked."""
+
+    name: str
+    asked: str
+    got: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The lines of `Accelerator.explain()`; `str` gives them as a table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        table = [("", "asked", "runs", "from"), *((row.name, row.asked, row.got, row.origin) for row in self.rows)]
+        widths = [max(len(line[column]) for line in table) for column in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip()
+            for line in table
+        )
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+
+def explain(
+    resolved: Resolved, strategy: Strategy, accumulation: Accumulation, arithmetic: BatchArithmetic
+) -> Explanation:
+    """The plan of this run on this rank."""
+    settings, origins, world = resolved.settings, resolved.origins, accumulation.world
+    kind = type(strategy)
+    rows = [
+        Row("strategy", settings.strategy, f"{kind.__name__} ({kind.__module__})", origins["strategy"]),
+        Row("device", str(getattr(strategy, "device", "")), str(world.device), ""),
+        Row(
+            "processes",
+            str(settings.launch.nproc_per_node or ""),
+            f"{world.size}, this is rank {world.rank}"
+            + (f", over {world.backend}" if world.backend else ", no process group"),
+            origins["launch.nproc_per_node"],
+        ),
+        Row(
+            "mixed_precision",
+            settings.mixed_precision,
+            str(accumulation.precision.dtype or "the parameters' dtype").replace("torch.", ""),
+            origins["mixed_precision"],
+        ),
+        *_arithmetic(resolved, arithmetic),
+        Row("split_batches", str(settings.split_batches), str(settings.split_batches), origins["split_batches"]),
+        Row("seed", str(settings.seed), _seed(settings.seed), origins["seed"]),
+        Row("project_dir", str(settings.project_dir), str(settings.project_dir), origins["project_dir"]),
+        *_options(resolved, strategy),
+        *(Row(f"loader {index}", "", _loader(link), "") for index, link in enumerate(accumulation.loaders)),
+    ]
+    return Explanation(tuple(rows))
+
+
+def _arithmetic(resolved: Resolved, arithmetic: BatchArithmetic) -> list[Row]:
+    settings, origins = resolved.settings, resolved.origins
+    if settings.global_batch_size is None:
+        steps = str(settings.gradient_accumulation_steps)
+        return [Row("gradient_accumulation_steps", steps, steps, origins["gradient_accumulation_steps"])]
+    got = f"{arithmetic.steps} micro-batches a step" if arithmetic.has_loaders else "derived from the first loader"
+    return [Row("global_batch_size", str(settings.global_batch_size), got, origins["global_batch_size"])]
+
+
+def _seed(seed: int | None) -> str:
+    return f"torch's own: {torch.initial_seed()}" if seed is None else str(seed)
+
+
+def _options(resolved: Resolved, strategy: Strategy) -> list[Row]:
+    names = {resolved.settings.strategy, type(strategy).__name__.lower()}
+    rows = []
+    for field in fields(strategy):
+        value = str(getattr(strategy, field.name))
+        origin = next(
+            (resolved.origins[f"{name}.{field.name}"] for name in names if f"{name}.{field.name}" in resolved.origins),
+            "code" if resolved.strategy_in_code is not None else "default",
+        )
+        rows.append(Row(f"strategy.{field.name}", value, value, origin))
+    return rows
+
+
+def _loader(link: Any) -> str:
+    dataset = type(link.original.dataset).__name__
+    if link.sampler is None:
+        return f"{dataset}: as given, read by one process"
+    cut = link.sampler.cut
+    order = f"shuffled with seed {link.sampler.seed}" if link.sampler.shuffle else "in order"
+    tail = cut.length % cut.global_batch
+    left = f", the last {'dropped' if cut.drop_last else 'one'} of {tail}" if tail else ""
+    return f"{dataset}: {cut.length} samples, {order}, {cut.num_batches} global batches of {cut.global_batch}{left}"

@@ -1,0 +1,38 @@
+"""Where a training loop meets its hardware: the contract of a strategy, the built-in ones, and what they share."""
+
+from .base import Strategy
+from .ddp import DDP
+from .errors import (
+    AcceleratorError,
+    CollectiveError,
+    ConfigurationError,
+    ConformanceError,
+    DataError,
+    LaunchError,
+    PeerLostError,
+    PrepareError,
+    ShapeMismatchError,
+    StepError,
+)
+from .precision import Precision
+from .single import CPU, SingleDevice
+from .world import World
+
+__all__ = [
+    "CPU",
+    "DDP",
+    "AcceleratorError",
+    "CollectiveError",
+    "ConfigurationError",
+    "ConformanceError",
+    "DataError",
+    "LaunchError",
+    "PeerLostError",
+    "Precision",
+    "PrepareError",
+    "ShapeMismatchError",
+    "SingleDevice",
+    "StepError",
+    "Strategy",
+    "World",
+]

@@ -1,0 +1,234 @@
+"""Collective operations on any nesting of tensors, each checked before it runs.
+
+Every function here is called by every rank, in the same order. On one process they return what the
+same call returns on many, so that a loop needs no `if`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import CollectiveError, ShapeMismatchError
+from .process_group import explain_lost_peer
+from .tree import iterate_leaves, iterate_tensors, map_tensors
+from .world import World
+
+
+def all_gather_integers(values: Sequence[int], world: World) -> list[tuple[int, ...]]:
+    """Every rank's `values`, in rank order. All ranks give equally many, each within 64 bits."""
+    mine = tuple((value + 2**63) % 2**64 - 2**63 for value in values)
+    if world.size == 1:
+        return [mine]
+    sent = torch.tensor(mine, dtype=torch.int64, device=_control_device(world))
+    received = [torch.empty_like(sent) for _ in range(world.size)]
+    with _named_failures(world):
+        dist.all_gather(received, sent)
+    return [tuple(tensor.tolist()) for tensor in received]
+
+
+def all_gather_objects(value: Any, world: World) -> list[Any]:
+    """Every rank's `value`, pickled, in rank order."""
+    if world.size == 1:
+        return [value]
+    received: list[Any] = [None] * world.size
+    with _named_failures(world):
+        dist.all_gather_object(received, value)
+    return received
+
+
+def gather(tree: Any, world: World) -> Any:
+    """Every tensor of `tree` concatenated over ranks along dimension 0, in rank order; scalars become (world,).
+
+    Raises `ShapeMismatchError`, on every rank, if structure, shapes or dtypes differ between ranks.
+    The results carry no gradient.
+    """
+    _check_alike(tree, world, ignore_first_dim=False)
+    return map_tensors(lambda tensor: torch.cat(_all_gather(_at_least_1d(tensor), world)), tree)
+
+
+def gather_uneven(tree: Any, world: World, *, keep: bool) -> Any:
+    """Like `gather`, with a first dimension of any length on each rank, and nothing of ranks with `keep=False`.
+
+    Objects that are no tensors are gathered too: a list is concatenated, anything else becomes a list
+    with one element per rank that keeps.
+    """
+    if not any(True for _ in iterate_tensors(tree)):
+        kept = [value for value, keeps in all_gather_objects((tree, keep), world) if keeps]
+        return [item for value in kept for item in value] if isinstance(tree, list) else kept
+    _check_alike(tree, world, ignore_first_dim=True)
+    leaves = [_at_least_1d(tensor) for tensor in iterate_tensors(tree)]
+    lengths = all_gather_integers([len(leaf) if keep else 0 for leaf in leaves], world)
+    gathered = iter([_gather_lengths(leaf, [row[i] for row in lengths], world) for i, leaf in enumerate(leaves)])
+    return map_tensors(lambda _: next(gathered), tree)
+
+
+def reduce(tree: Any, world: World, *, reduction: Literal["sum", "mean"] = "sum", scale: float = 1.0) -> Any:
+    """Every tensor of `tree` summed or averaged over ranks, times `scale`. The inputs are not changed.
+
+    Raises `ShapeMismatchError`, on every rank, if structure, shapes or dtypes differ between ranks.
+    """
+    if reduction not in ("sum", "mean"):
+        raise CollectiveError(f"reduction is {reduction!r}; expected 'sum' or 'mean'")
+    _check_alike(tree, world, ignore_first_dim=False)
+
+    def one(tensor: Tensor) -> Tensor:
+        result = tensor.detach().clone()
+        if world.size > 1:
+            with _named_failures(world):
+                dist.all_reduce(result)
+        if reduction == "mean":
+            result = result / world.size
+        return result * scale if scale != 1.0 else result
+
+    return map_tensors(one, tree)
+
+
+def broadcast(tree: Any, world: World) -> Any:
+    """Rank 0's `tree`, on every rank: tensors on this rank's device, all else pickled."""
+    if world.size == 1:
+        return tree
+    leaves = [tensor.detach().contiguous() for tensor in iterate_tensors(tree)] if world.is_main else []
+    slots = iter([_Slot(index, leaf.shape, leaf.dtype) for index, leaf in enumerate(leaves)])
+    skeleton = map_tensors(lambda _: next(slots), tree) if world.is_main else None
+    carrier = [skeleton]
+    with _named_failures(world):
+        dist.broadcast_object_list(carrier, src=0)
+
+    def one(slot: _Slot) -> Tensor:
+        if world.is_main:
+            tensor = leaves[slot.index].to(world.device, copy=True)
+        else:
+            tensor = torch.empty(slot.shape, dtype=slot.dtype, device=world.device)
+        with _named_failures(world):
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    return map_tensors(one, carrier[0], _Slot)
+
+
+def pad_across_processes(
+    tree: Any, world: World, *, dim: int = 0, pad_index: float = 0, pad_first: bool = False
+) -> Any:
+    """Every tensor of `tree` padded with `pad_index` along `dim` to the longest of all ranks."""
+
+    def one(tensor: Tensor) -> Tensor:
+        length = tensor.shape[dim]
+        longest = max(row[0] for row in all_gather_integers([length], world))
+        if longest == length:
+            return tensor
+        shape = list(tensor.shape)
+        shape[dim] = longest - length
+        padding = tensor.new_full(shape, pad_index)
+        return torch.cat([padding, tensor] if pad_first else [tensor, padding], dim=dim)
+
+    for tensor in iterate_tensors(tree):
+        if not -tensor.ndim <= dim < tensor.ndim:
+            raise CollectiveError(f"dim is {dim}, but a tensor to pad has {tensor.ndim} dimensions")
+    return map_tensors(one, tree)
+
+
+def sum_scalar(value: float | Tensor, world: World) -> Tensor:
+    """The sum of a number over ranks: a float64 scalar (float32 where the device has no float64) on the device."""
+    dtype = torch.float32 if world.device.type == "mps" else torch.float64
+    total = torch.as_tensor(value).detach().to(device=world.device, dtype=dtype, copy=True)
+    if world.size > 1:
+        with _named_failures(world):
+            dist.all_reduce(total)
+    return total
+
+
+def any_true(flag: bool, world: World) -> bool:
+    """Whether `flag` is set on any rank."""
+    return any(row[0] for row in all_gather_integers([int(flag)], world))
+
+
+def barrier(world: World) -> None:
+    """Return when every rank has called it."""
+    all_gather_integers([0], world)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a tensor in a tree whose tensors travel by themselves."""
+
+    index: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@contextlib.contextmanager
+def _named_failures(world: World) -> Iterator[None]:
+    """Turn the backend's "connection closed" into an error that names the rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = explain_lost_peer(world, error)
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def _check_alike(tree: Any, world: World, *, ignore_first_dim: bool) -> None:
+    """Compare what the ranks brought by one 8-byte digest; only where it differs is everything compared."""
+    for leaf in iterate_leaves(tree):
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise CollectiveError(
+                f"a collective got {type(leaf).__name__} {leaf!r:.80}; expected tensors in any nesting. "
+                "Use gather_for_metrics for other objects, or torch.tensor for numbers."
+            )
+    if world.size == 1:
+        return
+    first = 1 if ignore_first_dim else 0
+    brought = [
+        f"{tuple(tensor.shape[min(first, tensor.ndim) :])} {tensor.dtype}".replace("torch.", "")
+        for tensor in iterate_tensors(tree)
+    ]
+    digest = hashlib.blake2b("|".join(brought).encode(), digest_size=8).digest()
+    digests = all_gather_integers([int.from_bytes(digest, "big", signed=True)], world)
+    if all(row == digests[0] for row in digests):
+        return
+    everyone = all_gather_objects([f"{tuple(t.shape)} {t.dtype}" for t in iterate_tensors(tree)], world)
+    listed = "; ".join(f"rank {rank}: {', '.join(shapes) or 'no tensor'}" for rank, shapes in enumerate(everyone))
+    advice = (
+        "Ranks must bring the same nesting, dtypes and trailing dimensions."
+        if ignore_first_dim
+        else "Use gather_for_metrics for batches of different length, or pad_across_processes first."
+    )
+    raise ShapeMismatchError(f"ranks brought different tensors to one collective ({listed}). {advice}")
+
+
+def _all_gather(tensor: Tensor, world: World) -> list[Tensor]:
+    """Equally shaped tensors of all ranks. Sent as bytes: every dtype travels, on every backend."""
+    tensor = tensor.detach().contiguous()
+    if world.size == 1:
+        return [tensor]
+    sent = tensor.reshape(-1).view(torch.uint8)
+    received = [torch.empty_like(sent) for _ in range(world.size)]
+    with _named_failures(world):
+        dist.all_gather(received, sent)
+    return [part.view(tensor.dtype).reshape(tensor.shape) for part in received]
+
+
+def _gather_lengths(tensor: Tensor, lengths: Sequence[int], world: World) -> Tensor:
+    longest = max(lengths)
+    padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+    mine = lengths[world.rank]
+    padded[:mine] = tensor.detach()[:mine]
+    return torch.cat([part[:length] for part, length in zip(_all_gather(padded, world), lengths, strict=True)])
+
+
+def _at_least_1d(tensor: Tensor) -> Tensor:
+    return tensor.reshape(1) if tensor.ndim == 0 else tensor
+
+
+def _control_device(world: World) -> torch.device:
+    """Where small integers travel: the CPU where gloo is beside the device's own backend."""
+    return torch.device("cpu") if "gloo" in (world.backend or "") else world.device

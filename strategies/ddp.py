@@ -1,0 +1,177 @@
+"""One process per device, each with a whole copy of the model, gradients averaged in backward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .base import Strategy
+from .errors import ConfigurationError, PrepareError
+from .precision import Precision
+from .process_group import join, leave
+from .tree import move
+from .world import World
+
+# torch 2.13 renamed the argument; before, broadcast_buffers=False also left buffers as they were at the start.
+_NO_BUFFER_SYNC_IN_FORWARD: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else {"broadcast_buffers": False}
+)
+
+
+@dataclass(frozen=True)
+class DDP(Strategy):
+    """torch's `DistributedDataParallel`; fields without a note below are its arguments, with its defaults.
+
+    `device`: `"auto"`, `"cpu"`, `"cuda"`, ...; a process takes the device of its local rank.
+    `backend`: of the process group; `None` is the device's own (gloo on a CPU, nccl on CUDA).
+    `timeout_seconds`: how long a collective may wait for a rank that is silent but alive.
+    `comm_hook`: what gradients travel as: `"none"` their own dtype, `"fp16"`, `"bf16"`, or `"power_sgd"`
+    of rank `power_sgd_rank` from step `power_sgd_start` (Vogels et al. 2019, arXiv:1905.13727).
+    `batch_norm`: batch normalisation sees only its rank's samples, which is not what one process computes:
+    `"error"` refuses such a model, `"sync"` converts it to `torch.nn.SyncBatchNorm` (not on a CPU),
+    `"local"` keeps it as it is.
+    `broadcast_buffers`: after each update every rank takes rank 0's buffers; torch does it before each forward.
+    """
+
+    device: str = "auto"
+    backend: str | None = None
+    timeout_seconds: float = 1800.0
+    find_unused_parameters: bool = False
+    static_graph: bool = False
+    gradient_as_bucket_view: bool = False
+    bucket_cap_mb: float | None = None
+    broadcast_buffers: bool = True
+    init_sync: bool = True
+    comm_hook: Literal["none", "fp16", "bf16", "power_sgd"] = "none"
+    power_sgd_rank: int = 1
+    power_sgd_start: int = 1000
+    batch_norm: Literal["error", "sync", "local"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.comm_hook not in ("none", "fp16", "bf16", "power_sgd"):
+            raise ConfigurationError(f"comm_hook is {self.comm_hook!r}; expected 'none', 'fp16', 'bf16' or 'power_sgd'")
+        if self.batch_norm not in ("error", "sync", "local"):
+            raise ConfigurationError(f"batch_norm is {self.batch_norm!r}; expected 'error', 'sync' or 'local'")
+        if self.timeout_seconds <= 0:
+            raise ConfigurationError(f"timeout_seconds is {self.timeout_seconds}; expected a number above 0")
+        if self.power_sgd_rank < 1 or self.power_sgd_start < 2:
+            raise ConfigurationError(
+                f"power_sgd_rank is {self.power_sgd_rank} and power_sgd_start is {self.power_sgd_start}; "
+                "expected at least 1 and 2"
+            )
+
+    def setup(self) -> World:
+        """Join the process group that the launcher describes; a group of one under plain `python`."""
+        return join(self.device, self.backend, timedelta(seconds=self.timeout_seconds))
+
+    def teardown(self, world: World) -> None:
+        """Destroy the process group."""
+        leave(world)
+
+    def wrap(self, model: nn.Module, world: World, precision: Precision) -> nn.Module:
+        """Move the model to the device, copy rank 0's weights to all, and average gradients in backward."""
+        model = self._with_batch_norm(model, world).to(world.device)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            return model  # DistributedDataParallel refuses what has nothing to synchronise
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[world.device] if world.device.type != "cpu" else None,
+            **_NO_BUFFER_SYNC_IN_FORWARD,  # after each update instead, in reduce_gradients
+            init_sync=self.init_sync,
+            find_unused_parameters=self.find_unused_parameters,
+            static_graph=self.static_graph,
+            gradient_as_bucket_view=self.gradient_as_bucket_view,
+            bucket_cap_mb=self.bucket_cap_mb,
+        )
+        self._register_comm_hook(wrapped)
+        if self.init_sync:
+            self.reduce_gradients([wrapped], world)
+        return wrapped
+
+    def unwrap(self, wrapped: nn.Module) -> nn.Module:
+        """The module inside DistributedDataParallel."""
+        return wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+
+    def autocast(self, world: World, precision: Precision) -> AbstractContextManager[Any]:
+        """torch's autocast for the device."""
+        return torch.autocast(world.device.type, dtype=precision.dtype)
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """Keep gradients local: DistributedDataParallel reads the flag in forward.
+
+        With `static_graph` the very first backward must synchronise (torch asserts otherwise), which adds a
+        collective and changes no number: means of gradients add up.
+        """
+        if not isinstance(wrapped, DistributedDataParallel):
+            return nullcontext()
+        if self.static_graph and not wrapped._static_graph_delay_allreduce_enqueued:
+            return nullcontext()
+        return wrapped.no_sync()
+
+    def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
+        """Gradients were averaged in backward; here ranks take rank 0's buffers, such as running means."""
+        if world.size == 1 or not self.broadcast_buffers:
+            return
+        for model in wrapped:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def mark_step(self, world: World) -> None:
+        """Operations run as they are called."""
+
+    def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
+        """Move each batch to the device."""
+        return batches if world.device.type == "cpu" else (move(batch, world.device) for batch in batches)
+
+    def _with_batch_norm(self, model: nn.Module, world: World) -> nn.Module:
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        names = [name for name in names if not isinstance(model.get_submodule(name), nn.SyncBatchNorm)]
+        if not names or self.batch_norm == "local" or world.size == 1:
+            return model
+        if self.batch_norm == "sync":
+            if world.device.type == "cpu":
+                raise ConfigurationError(
+                    "batch_norm is 'sync', but torch.nn.SyncBatchNorm does not run on a CPU. Use batch_norm='local', "
+                    "or a normalisation that does not look across samples (GroupNorm, LayerNorm)."
+                )
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
+        raise PrepareError(
+            f"{type(model).__name__} has batch normalisation ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), "
+            f"which on {world.size} processes would see only each rank's samples: other numbers than on one. Choose "
+            "DDP(batch_norm='sync') (accelerators), DDP(batch_norm='local') to accept it, or use GroupNorm."
+        )
+
+    def _register_comm_hook(self, wrapped: DistributedDataParallel) -> None:
+        if self.comm_hook == "none":
+            return
+        if self.comm_hook == "power_sgd":
+            from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+            state = powerSGD_hook.PowerSGDState(
+                process_group=None,
+                matrix_approximation_rank=self.power_sgd_rank,
+                start_powerSGD_iter=self.power_sgd_start,
+            )
+            wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        else:
+            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[self.comm_hook]
+            wrapped.register_comm_hook(dtype, _compress_hook)
+
+
+def _compress_hook(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average a bucket of gradients in `dtype`. torch's own bfloat16 hook works with nccl alone."""
+    gradients = bucket.buffer()
+    compressed = gradients.to(dtype).div_(dist.get_world_size())
+    work = dist.all_reduce(compressed, async_op=True).get_future()
+    return work.then(lambda future: gradients.copy_(future.value()[0]))

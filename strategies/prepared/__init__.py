@@ -1,0 +1,6 @@
+"""What `prepare` hands out: views of the user's model, optimizer, scheduler and dataloader."""
+
+from .prepare import prepare
+from .view import View
+
+__all__ = ["View", "prepare"]

@@ -1,0 +1,103 @@
+"""The model that `prepare` returns: the user's module, called through the strategy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from ..errors import PrepareError
+from .view import View, make_view
+
+if TYPE_CHECKING:
+    from ..accumulation import Accumulation
+
+
+class PreparedModel(View):
+    """What comes before the user's own methods in a prepared model."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward, in the strategy's precision; synchronised where gradients are recorded."""
+        return self._link(*args, **kwargs)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zero the gradients, except of an accumulation window that is still open."""
+        if self._link.may_zero():
+            self._link.original.zero_grad(set_to_none)
+
+
+class ModelLink:
+    """What a prepared model knows: the user's module, what the strategy made of it, and their parameters.
+
+    Parameters may be replaced by wrapping, so each name is remembered with the object that had it before.
+    """
+
+    def __init__(self, original: nn.Module, accumulation: Accumulation) -> None:
+        self.original = original
+        self.accumulation = accumulation
+        self.bypass = False  # whether calls go past the wrapper, because another window is open
+        self._names = {id(parameter): (name, ref(parameter)) for name, parameter in original.named_parameters()}
+        strategy, world, precision = accumulation.strategy, accumulation.world, accumulation.precision
+        precision.check(world.device)
+        self.wrapped = strategy.wrap(original, world, precision)
+        self.original = strategy.unwrap(self.wrapped)
+        self._parameters = dict(self.original.named_parameters())
+        self._live = {id(parameter): parameter for parameter in self._parameters.values()}
+        self._autocast = precision.dtype is not None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Without gradients there is nothing to synchronise, and ranks may call as often as they like.
+        module = self.original if self.bypass or not torch.is_grad_enabled() else self.wrapped
+        if not self._autocast:
+            return module(*args, **kwargs)
+        accumulation = self.accumulation
+        with accumulation.strategy.autocast(accumulation.world, accumulation.precision):
+            return module(*args, **kwargs)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a prepared optimizer holds parameters of this model."""
+        return any(self in optimizer.models for optimizer in self.accumulation.optimizers)
+
+    def find(self, parameter: torch.Tensor) -> Parameter | None:
+        """The live parameter for one that this model had before or after wrapping; `None` for a stranger."""
+        name, remembered = self._names.get(id(parameter), (None, None))
+        if name is not None and remembered is not None and remembered() is parameter:
+            return self._parameters[name]
+        return self._live.get(id(parameter))
+
+    def may_zero(self) -> bool:
+        """Whether no window of this model is open."""
+        windows = {id(optimizer.window): optimizer.window for optimizer in self.optimizers}
+        return all(window is None or window.may_zero(bool(window.stepped)) for window in windows.values())
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The prepared optimizers that train this model."""
+        return [optimizer for optimizer in self.accumulation.optimizers if self in optimizer.models]
+
+    def release(self) -> None:
+        """Let go of the wrapper, so that its hooks and threads end before the process group does."""
+        self.wrapped = self.original
+
+
+def prepare_model(model: nn.Module, accumulation: Accumulation) -> nn.Module:
+    """`model` placed and wrapped by the strategy, behind a view that is still an instance of its class."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PrepareError(
+            f"{type(model).__name__} is a TorchScript module, which cannot be prepared. Give the Python module, "
+            "and torch.compile it where speed is wanted."
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise PrepareError(
+            f"{type(model).__name__} is already parallel. Give the module inside it (model.module); "
+            "the strategy wraps it."
+        )
+    link = ModelLink(model, accumulation)
+    accumulation.models.append(link)
+    return make_view(link.original, PreparedModel, link)  # type: ignore[return-value]  # also of the user's class

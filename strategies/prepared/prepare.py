@@ -1,0 +1,83 @@
+"""Prepare objects of any kind, in any order: models first, then what holds their parameters, then the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from ..errors import PrepareError
+from .dataloader import loader_seed, prepare_dataloader
+from .model import prepare_model
+from .optimizer import prepare_optimizer
+from .scheduler import prepare_scheduler
+from .view import View
+
+if TYPE_CHECKING:
+    from ..accumulation import Accumulation
+
+
+def prepare(objects: Sequence[Any], accumulation: Accumulation, *, split_batches: bool, seed: int | None) -> list[Any]:
+    """The prepared counterpart of each object, in the order given. Collective.
+
+    Raises `PrepareError` before anything is changed if an object is unknown or was prepared before.
+    """
+    kinds = [_kind(item) for item in objects]
+    _refuse_repeated(objects, accumulation)
+    accumulation.forget_windows()
+    before = [list(held) for held in (accumulation.models, accumulation.optimizers, accumulation.loaders)]
+    prepared: dict[int, Any] = {}
+    try:
+        for index in _indices(kinds, "model"):
+            prepared[index] = prepare_model(objects[index], accumulation)
+        for index in _indices(kinds, "optimizer"):
+            prepared[index] = prepare_optimizer(objects[index], accumulation)
+        for index in _indices(kinds, "scheduler"):
+            prepared[index] = prepare_scheduler(objects[index], accumulation)
+        for index in _indices(kinds, "loader"):
+            own_seed = loader_seed(objects[index], seed, len(accumulation.loaders), accumulation)
+            prepared[index] = prepare_dataloader(
+                objects[index], accumulation, split_batches=split_batches, seed=own_seed
+            )
+    except BaseException:
+        accumulation.models, accumulation.optimizers, accumulation.loaders = before
+        raise
+    accumulation.given += objects
+    return [prepared[index] for index in range(len(objects))]
+
+
+def _indices(kinds: Sequence[str], wanted: str) -> list[int]:
+    return [index for index, kind in enumerate(kinds) if kind == wanted]
+
+
+def _kind(item: Any) -> str:
+    if isinstance(item, nn.Module):
+        return "model"
+    if isinstance(item, Optimizer):
+        return "optimizer"
+    if isinstance(item, DataLoader):
+        return "loader"
+    if isinstance(getattr(item, "optimizer", None), Optimizer) and callable(getattr(item, "step", None)):
+        return "scheduler"
+    advice = ""
+    if isinstance(item, torch.Tensor):
+        advice = " Move tensors with tensor.to(accelerator.device)."
+    elif hasattr(item, "__iter__"):
+        advice = " Put data into a torch.utils.data.DataLoader."
+    raise PrepareError(
+        f"prepare() got {type(item).__name__} {item!r:.60}; expected torch modules, optimizers, learning-rate schedulers "
+        f"(with .optimizer and .step) and DataLoaders.{advice}"
+    )
+
+
+def _refuse_repeated(objects: Sequence[Any], accumulation: Accumulation) -> None:
+    for index, item in enumerate(objects):
+        before = any(item is other for other in [*accumulation.given, *objects[:index]])
+        if isinstance(item, View) or before:
+            raise PrepareError(
+                f"{type(item).__name__} is prepared already. Prepare each object once, and use what prepare() returned."
+            )

@@ -1,0 +1,70 @@
+"""Scale the loss of float16 training, with one verdict on overflow for all ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .world import World
+
+
+class LossScaler:
+    """One loss scale for the gradients of one window (Micikevicius et al. 2018, arXiv:1710.03740).
+
+    A `torch.amp.GradScaler` does the arithmetic. Around it: the finite check is agreed over ranks, and the
+    scale changes only between windows, so that gradients summed in one window share one scale.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._scaler = torch.amp.GradScaler(world.device.type)
+        self._update_due = False
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """`loss` times the scale, for backward."""
+        return self._scaler.scale(loss)
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Divide the optimizer's gradients by the scale, in place, and note whether any is not finite.
+
+        Collective: the verdict is true on all ranks if it is true on one.
+        """
+        self._scaler.unscale_(optimizer)
+        if self._world.size > 1:
+            for found in self._found_inf(optimizer):
+                dist.all_reduce(found, op=dist.ReduceOp.MAX)
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Step `optimizer` if its gradients are finite. Returns whether it stepped."""
+        self._scaler.step(optimizer)
+        self._update_due = True
+        return not any(found.item() for found in self._found_inf(optimizer))
+
+    def begin_window(self) -> None:
+        """Take the new scale, if the last window was used."""
+        if self._update_due:
+            self._scaler.update()
+            self._update_due = False
+
+    @property
+    def value(self) -> float:
+        """The scale that the next backward uses. Waits for the device."""
+        self.begin_window()
+        return self._scaler.get_scale()
+
+    def state_dict(self) -> dict[str, float | int]:
+        """The scale and its growth, between windows."""
+        self.begin_window()
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """Continue with the scale and growth of `state`."""
+        self._update_due = False
+        self._scaler.load_state_dict(state)
+
+    def _found_inf(self, optimizer: Optimizer) -> list[Tensor]:
+        # The public GradScaler tells only through a lower scale after update(), which costs a second
+        # wait for the device and comes too late for the scheduler of the same iteration.
+        return list(self._scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values())

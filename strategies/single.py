@@ -1,0 +1,75 @@
+"""One process on one device: a CPU, a GPU, or whatever accelerator torch finds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import Strategy
+from .errors import LaunchError
+from .precision import Precision
+from .process_group import pick_device, read_environment
+from .tree import move
+from .world import World
+
+
+@dataclass(frozen=True)
+class SingleDevice(Strategy):
+    """Train in one process on one device.
+
+    `device`: `"auto"` (the machine's accelerator, or its CPU), `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, ...
+    """
+
+    device: str = "auto"
+
+    def setup(self) -> World:
+        """Pick the device. Raises `LaunchError` in one of several processes: each would train alone."""
+        placement = read_environment(os.environ)
+        if placement.size > 1:
+            raise LaunchError(
+                f"{type(self).__name__} trains in one process, but {placement.launcher} started {placement.size}. "
+                "Use strategy='ddp' (or 'auto'), or start one process."
+            )
+        return World(device=pick_device(self.device, 0))
+
+    def teardown(self, world: World) -> None:
+        """Nothing was joined."""
+
+    def wrap(self, model: nn.Module, world: World, precision: Precision) -> nn.Module:
+        """Move the model to the device."""
+        return model.to(world.device)
+
+    def unwrap(self, wrapped: nn.Module) -> nn.Module:
+        """The model itself."""
+        return wrapped
+
+    def autocast(self, world: World, precision: Precision) -> AbstractContextManager[Any]:
+        """torch's autocast for the device."""
+        return torch.autocast(world.device.type, dtype=precision.dtype)
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """There is nobody to synchronise with."""
+        return nullcontext()
+
+    def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
+        """There is nobody to reduce with."""
+
+    def mark_step(self, world: World) -> None:
+        """Operations run as they are called."""
+
+    def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
+        """Move each batch to the device."""
+        return batches if world.device.type == "cpu" else (move(batch, world.device) for batch in batches)
+
+
+@dataclass(frozen=True)
+class CPU(SingleDevice):
+    """Train in one process on the CPU."""
+
+    device: str = "cpu"

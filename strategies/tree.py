@@ -1,0 +1,99 @@
+"""Walk any nesting of containers and apply a function to the tensors in it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def map_tensors(function: Callable[[Any], Any], tree: Any, kind: type = Tensor) -> Any:
+    """The same nesting as `tree`, with `function` applied to every tensor and all else kept as it is.
+
+    Walks lists, tuples, named tuples, mappings of any class and dataclass instances. Containers are
+    rebuilt, never changed in place; anything else is passed through by reference. `kind` is the class
+    of the leaves, where they are not tensors.
+    """
+    if isinstance(tree, kind):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return _rebuild_mapping(tree, {key: map_tensors(function, value, kind) for key, value in tree.items()})
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(function, value, kind) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(function, value, kind) for value in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        rebuilt = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            # object.__setattr__ so that frozen dataclasses and fields with init=False are rebuilt too
+            object.__setattr__(rebuilt, field.name, map_tensors(function, getattr(tree, field.name), kind))
+        return rebuilt
+    return tree
+
+
+def iterate_leaves(tree: Any) -> Iterator[Any]:
+    """Everything in `tree` that is no container."""
+    if isinstance(tree, Mapping):
+        children = list(tree.values())
+    elif isinstance(tree, list | tuple):
+        children = list(tree)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        children = [getattr(tree, field.name) for field in dataclasses.fields(tree)]
+    else:
+        yield tree
+        return
+    for child in children:
+        yield from iterate_leaves(child)
+
+
+def iterate_tensors(tree: Any) -> Iterator[Tensor]:
+    """Every tensor of `tree`, in the order in which `map_tensors` meets them."""
+    found: list[Tensor] = []
+    map_tensors(found.append, tree)
+    return iter(found)
+
+
+def move(tree: Any, device: torch.device) -> Any:
+    """`tree` with every tensor on `device`; objects that are no known container but have `.to` move themselves.
+
+    Copies from pinned memory do not block.
+    """
+    if isinstance(tree, Tensor):
+        return tree.to(device, non_blocking=tree.is_pinned() if tree.device.type == "cpu" else False)
+    if callable(getattr(tree, "to", None)) and not isinstance(tree, type):
+        return tree.to(device)
+    if isinstance(tree, Mapping):
+        return _rebuild_mapping(tree, {key: move(value, device) for key, value in tree.items()})
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(move(value, device) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(move(value, device) for value in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        rebuilt = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            object.__setattr__(rebuilt, field.name, move(getattr(tree, field.name), device))
+        return rebuilt
+    return tree
+
+
+def num_samples(batch: Any) -> int | None:
+    """The first dimension of the first tensor that has one, which a collated batch shares; `None` without any."""
+    for tensor in iterate_tensors(batch):
+        if tensor.ndim > 0:
+            return tensor.shape[0]
+    return None
+
+
+def _rebuild_mapping(original: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    if type(original) is dict:
+        return values
+    if not isinstance(original, MutableMapping):
+        return type(original)(values)  # type: ignore[call-arg]  # an immutable mapping's constructor takes one
+    rebuilt = copy.copy(original)
+    for key, value in values.items():  # not update(): the outputs of transformers' models refuse it
+        rebuilt[key] = value
+    return rebuilt
