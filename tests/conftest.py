@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from fresh_process import FreshProcesses
 from rank_pool import RankPool, without_launch_variables
 

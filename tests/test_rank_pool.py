@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+
 from fresh_process import FreshProcesses
 from rank_pool import RankPool, RemoteError, WorkerDied, WorkerHung
-
 from strategies.errors import ShapeMismatchError
 
 

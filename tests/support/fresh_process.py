@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+
 from rank_pool import TESTS, agent_store, launch_variables, without_launch_variables
 
 

@@ -2,55 +2,39 @@
 
 1. A fork server imports torch once (`multiprocessing`'s own; it has no threads, so forking from it is safe
    at any time, whatever the test process has started since).
-2. Each rank is one process forked from it and used again by the next call; the test process talks to it
-   through a pipe and hosts the store of the rendezvous, as torchrun's agent does.
-3. A call sends a module-level function by reference. Test modules have no importable name, so the worker
-   loads them from their path, with pytest's assertion rewriting.
-4. After a call the worker leaves its process group and resets itself; one that died, hung or could not be
-   reset is replaced.
+2. Each rank is one process forked from it and used again by the next call (`rank_worker`); the test process
+   talks to it through a pipe and hosts the store of the rendezvous, as torchrun's agent does.
+3. A worker that died, hung or could not be reset is replaced.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import faulthandler
-import gc
-import importlib.util
-import io
 import multiprocessing
 import os
 import pickle
-import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from _pytest.assertion.rewrite import rewrite_asserts
 
-TESTS = Path(__file__).resolve().parent.parent
-PRELOAD = ["rank_pool", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
+from rank_worker import STACKS_SIGNAL, Call, Outcome, RemoteError, serve
+
+SUPPORT = Path(__file__).resolve().parent
+TESTS = SUPPORT.parent
+PRELOAD = ["rank_worker", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
 LAUNCH_PREFIXES = ("ACCELERATOR_", "TORCHELASTIC_", "MASTER_", "SLURM_", "GROUP_", "ROLE_", "PMI_", "OMPI_")
 LAUNCH_NAMES = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
-STACKS_SIGNAL = signal.SIGUSR2
-
-
-class RemoteError(Exception):
-    """What happened on a rank, where the exception itself could not be sent back; also the cause of one that could."""
 
 
 class WorkerDied(RemoteError):
@@ -97,179 +81,6 @@ def agent_store() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-# --- what passes through the pipe ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Call:
-    """One rank's share of a call: the pickled function and arguments, and the surroundings to run them in."""
-
-    payload: bytes
-    modules: dict[str, str]  # test modules of the parent: name -> path
-    filters: list[Any]  # the parent's warning filters
-    environment: dict[str, str]
-    output: str  # file for stdout and stderr
-    seconds: int  # the worker ends itself after this long, should nobody be left to do it
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a call on one rank. Exactly one of `value` and `error` is set."""
-
-    value: bytes | None = None
-    error: bytes | None = None
-    text: str = ""
-    at: float = 0.0  # time.monotonic(), comparable between processes of one machine
-    reusable: bool = True
-
-
-# --- in the worker ------------------------------------------------------------------------------------------
-
-
-def serve(pipe: connection.Connection) -> None:
-    """Run calls until the other end of the pipe closes."""
-    os.setsid()  # Ctrl-C is the parent's to handle, and a kill reaches the children of a worker as well
-    faulthandler.enable()
-    faulthandler.register(STACKS_SIGNAL, all_threads=True, chain=False)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    gc.freeze()  # torch's million objects need no visit after every call
-    pipe.send_bytes(b"ready")
-    while True:
-        try:
-            call = pickle.loads(pipe.recv_bytes())
-        except (EOFError, OSError):
-            return
-        signal.alarm(call.seconds)
-        outcome = _perform(call)
-        signal.alarm(0)
-        pipe.send_bytes(pickle.dumps(outcome))
-
-
-def _perform(call: Call) -> Outcome:
-    with _surroundings(call) as surroundings:
-        try:
-            function, args = _Unpickler(call).load()
-            value = function(*args)
-            outcome = Outcome(value=pickle.dumps(value), at=time.monotonic())
-            del function, args, value
-        except BaseException as error:
-            outcome = _raised(error)
-    if not surroundings["clean"]:
-        outcome = Outcome(outcome.value, outcome.error, outcome.text, outcome.at, reusable=False)
-    return outcome
-
-
-def _raised(error: BaseException) -> Outcome:
-    at, text = time.monotonic(), traceback.format_exc()
-    # Frames keep models and process groups alive; a group must be left with neither.
-    chain: BaseException | None = error
-    while chain is not None:
-        traceback.clear_frames(chain.__traceback__)
-        chain.__traceback__ = None
-        chain = chain.__cause__ or chain.__context__
-    try:
-        pickled = pickle.dumps(error)
-        pickle.loads(pickled)
-    except Exception:
-        pickled = pickle.dumps(RemoteError(text))
-    return Outcome(error=pickled, text=text, at=at)
-
-
-@contextlib.contextmanager
-def _surroundings(call: Call) -> Iterator[dict[str, bool]]:
-    """Everything a call may change, set before and put back after it."""
-    state = {"clean": True}
-    before = dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    os.environ.clear()
-    os.environ.update(call.environment)
-    _reset_torch()
-    with open(call.output, "wb", buffering=0) as output, _redirected(output.fileno()), warnings.catch_warnings():
-        warnings.filters[:] = call.filters  # type: ignore[index]
-        warnings.simplefilter("default", _Unused, append=True)  # drops the cache of the filters
-        yield state
-        try:
-            gc.collect()
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        except Exception:
-            traceback.print_exc()
-            state["clean"] = False
-    os.environ.clear()
-    os.environ.update(before[0])
-    os.chdir(before[1])
-    sys.path[:], sys.argv[:] = before[2], before[3]
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    _reset_torch()
-
-
-class _Unused(Warning):
-    """Raised by nobody."""
-
-
-def _reset_torch() -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-    torch.set_grad_enabled(True)
-    torch.use_deterministic_algorithms(False)
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
-
-
-@contextlib.contextmanager
-def _redirected(target: int) -> Iterator[None]:
-    kept = os.dup(1), os.dup(2)
-    os.dup2(target, 1)
-    os.dup2(target, 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for original, number in zip(kept, (1, 2), strict=True):
-            os.dup2(original, number)
-            os.close(original)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Finds classes and functions of test modules, which cannot be imported by name."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__(io.BytesIO(call.payload))
-        self.modules = call.modules
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in self.modules and module not in sys.modules:
-            load_test_module(module, self.modules[module])
-        return super().find_class(module, name)
-
-
-def load_test_module(name: str, path: str) -> None:
-    """Import the test module at `path` as `name`, with pytest's assertion rewriting."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        exec(_rewritten(path), module.__dict__)
-    except BaseException:
-        del sys.modules[name]
-        raise
-
-
-def _rewritten(path: str) -> CodeType:
-    source = Path(path).read_bytes()
-    tree = ast.parse(source, filename=path)
-    rewrite_asserts(tree, source, path)
-    return compile(tree, path, "exec", dont_inherit=True)
-
-
-# --- in the test process ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Worker:
     """One living rank: its process and our end of the pipe."""
@@ -278,10 +89,16 @@ class Worker:
     pipe: connection.Connection
     output: Path
 
+    @property
+    def pid(self) -> int:
+        """Of the process, which is started before there is a `Worker`, and leads a process group of its own."""
+        assert self.process.pid
+        return self.process.pid
+
     def kill(self) -> None:
         """End the process and its children, at once."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid or 0, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         self.process.kill()
         self.process.join(10)
         self.pipe.close()
@@ -289,7 +106,7 @@ class Worker:
     def stacks(self) -> str:
         """What the process has printed since its call began, and the Python stacks of all its threads."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid or 0, STACKS_SIGNAL)
+            os.kill(self.pid, STACKS_SIGNAL)
             time.sleep(0.3)
         return self.printed()
 
@@ -340,7 +157,7 @@ class RankPool:
         outcomes: dict[int, Outcome] = {}
         try:
             for rank, worker in workers.items():
-                call = self._call(payload, worker, launch_variables(rank, nproc, store.port), env, timeout)
+                call = self._call(payload, worker, launch_variables(rank, nproc, store.port), env)
                 worker.pipe.send_bytes(pickle.dumps(call))
             self._collect(workers, outcomes, timeout)
         finally:
@@ -352,7 +169,7 @@ class RankPool:
 
     def pids(self) -> dict[int, int]:
         """Process id of each rank that lives."""
-        return {rank: worker.process.pid or 0 for rank, worker in self._workers.items()}
+        return {rank: worker.pid for rank, worker in self._workers.items()}
 
     def close(self) -> None:
         """End all workers. May be called twice."""
@@ -385,7 +202,6 @@ class RankPool:
         worker: Worker,
         launch: dict[str, str],
         env: Mapping[str, str | None] | None,
-        timeout: float,
     ) -> Call:
         asked = {**without_launch_variables(os.environ), **launch, **(env or {})}
         worker.output.unlink(missing_ok=True)
@@ -395,7 +211,6 @@ class RankPool:
             filters=list(warnings.filters),
             environment={name: value for name, value in asked.items() if value is not None},
             output=str(worker.output),
-            seconds=int(timeout + self.grace_seconds) + 30,
         )
 
     def _collect(self, workers: Mapping[int, Worker], outcomes: dict[int, Outcome], timeout: float) -> None:
@@ -417,7 +232,7 @@ class RankPool:
             text = f"rank {rank} still ran after {seconds:.1f} s and was killed. It had printed:\n{worker.stacks()}"
             outcomes[rank] = _failure(WorkerHung(text), at=float("inf"))
 
-    def _replace(self, ranks: Any) -> None:
+    def _replace(self, ranks: Iterable[int]) -> None:
         for rank in list(ranks):
             if rank in self._workers:
                 self._workers.pop(rank).kill()
@@ -480,7 +295,7 @@ def _test_modules() -> dict[str, str]:
     found = {}
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None)
-        if path and TESTS in Path(path).parents and name not in ("rank_pool", "fresh_process"):
+        if path and TESTS in Path(path).parents and SUPPORT not in Path(path).parents:
             found[name] = path
     return found
 
