@@ -1,0 +1,145 @@
+"""What will be started, decided before anything is: a pure function of the settings and the machine."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import os
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerator.config import FLAGS_VARIABLE, Resolved
+from strategies.errors import LaunchError
+
+from .flags import Request
+
+WORKER = str(Path(__file__).with_name("worker.py"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything torch's elastic agent has to be told. `environment` is laid over the launcher's own."""
+
+    nproc_per_node: int
+    min_nodes: int
+    max_nodes: int
+    max_restarts: int
+    rdzv_backend: str
+    rdzv_endpoint: str
+    rdzv_id: str
+    rdzv_conf: Mapping[str, str]
+    local_addr: str | None
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def make_plan(
+    request: Request,
+    resolved: Resolved,
+    *,
+    environ: Mapping[str, str],
+    directory: Path,
+    cores: int,
+    count_devices: Callable[[], int],
+) -> Plan:
+    """Raises `LaunchError` if the job cannot be started as asked. `count_devices` is called only if it decides."""
+    settings = resolved.settings.launch
+    low, _, high = settings.nnodes.partition(":")
+    min_nodes, max_nodes = int(low), int(high or low)
+    if min_nodes > max_nodes:
+        raise LaunchError(
+            f"nnodes is {settings.nnodes!r} ({resolved.origins['launch.nnodes']}); expected MIN:MAX with MIN <= MAX."
+        )
+    check_target(request, directory)
+    nproc = settings.nproc_per_node or max(1, count_devices())
+    conf = dict(pair.split("=", 1) for pair in settings.rdzv_conf.split(",") if pair)
+    endpoint, job = _meeting_point(resolved, max_nodes, conf)
+    return Plan(
+        nproc_per_node=nproc,
+        min_nodes=min_nodes,
+        max_nodes=max_nodes,
+        max_restarts=settings.max_restarts,
+        rdzv_backend=settings.rdzv_backend,
+        rdzv_endpoint=endpoint,
+        rdzv_id=job,
+        rdzv_conf=conf,
+        local_addr=settings.local_addr,
+        command=(WORKER, "module" if request.is_module else "script", request.target, *request.arguments),
+        environment=_environment(request, settings.num_cpu_threads, nproc, environ, directory, cores),
+    )
+
+
+def _meeting_point(resolved: Resolved, max_nodes: int, conf: dict[str, str]) -> tuple[str, str]:
+    """Endpoint and id of the rendezvous. Adds to `conf` what the rank of this node implies."""
+    settings, origins = resolved.settings.launch, resolved.origins
+    if settings.rdzv_backend == "static":
+        if settings.max_restarts:
+            raise LaunchError(
+                f"max_restarts is {settings.max_restarts} ({origins['launch.max_restarts']}) and rdzv_backend is "
+                f"'static' ({origins['launch.rdzv_backend']}); expected 'c10d' with restarts: a static rendezvous "
+                "hands restarted processes the addresses of the dead ones. Leave rdzv_backend out."
+            )
+        conf.setdefault("rank", str(settings.node_rank or 0))
+    elif settings.node_rank is not None and max_nodes > 1:
+        conf.setdefault("is_host", "1" if settings.node_rank == 0 else "0")
+    if settings.rdzv_endpoint:
+        return settings.rdzv_endpoint, settings.rdzv_id or "accelerator"
+    if max_nodes > 1 or settings.rdzv_backend != "c10d":
+        raise LaunchError(
+            f"rdzv_endpoint is not set, nnodes is {settings.nnodes!r} ({origins['launch.nnodes']}) and rdzv_backend "
+            f"is {settings.rdzv_backend!r}; expected HOST:PORT of a node that all others reach. "
+            "Give --rdzv-endpoint on every node."
+        )
+    # Port 0 lets the system choose a free one when the store binds it, so that no two jobs can race for it.
+    return "localhost:0", settings.rdzv_id or uuid.uuid4().hex
+
+
+def _environment(
+    request: Request,
+    num_cpu_threads: int | None,
+    nproc: int,
+    environ: Mapping[str, str],
+    directory: Path,
+    cores: int,
+) -> dict[str, str]:
+    # With a shared store, restarted workers find the addresses of the dead ones in it (pytorch#135712).
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    if num_cpu_threads is not None:
+        variables["OMP_NUM_THREADS"] = str(num_cpu_threads)
+    elif "OMP_NUM_THREADS" not in environ:
+        variables["OMP_NUM_THREADS"] = str(max(1, cores // nproc))
+    flags = dict(request.flags)
+    for name in {"config", "project_dir"} & flags.keys():  # the script may change its directory
+        flags[name] = str(directory / flags[name])
+    return {**variables, FLAGS_VARIABLE: json.dumps(flags)}
+
+
+def check_target(request: Request, directory: Path) -> None:
+    """Raises `LaunchError` if there is no such script or module; no module is imported to find out."""
+    if not request.is_module:
+        if not (directory / request.target).exists():
+            near = " A module is started with -m." if "/" not in request.target else ""
+            raise LaunchError(
+                f"script is {request.target!r}, and {directory} has no such file; expected the path of a Python "
+                f"script.{near if not request.target.endswith('.py') else ''}"
+            )
+        return
+    path: Sequence[str] | None = [str(directory), *sys.path]
+    for part in request.target.split("."):
+        found = importlib.machinery.PathFinder.find_spec(part, path) if path is not None else None
+        if found is None:
+            raise LaunchError(
+                f"module is {request.target!r}, and {part!r} is not found; expected the name of a module that is "
+                f"installed or lies under {directory}."
+            )
+        path = found.submodule_search_locations
+
+
+def cores_here() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

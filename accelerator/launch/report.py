@@ -1,0 +1,73 @@
+"""From the failures of a job to its cause: who failed first, in one line each, and one traceback in all."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One process that failed. `summary` and `traceback` are empty if it left no error file."""
+
+    rank: int
+    exit_code: int
+    seconds: float
+    summary: str = ""
+    traceback: str = ""
+    follow_up: bool = False
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Causes sort before consequences: the agent ends the rest by SIGTERM, and peers lose a connection."""
+        kind = 2 if self.follow_up else 1 if self.exit_code == -signal.SIGTERM else 0
+        return kind, self.seconds
+
+    @property
+    def ending(self) -> str:
+        """How the process ended, in words."""
+        if self.exit_code >= 0:
+            return f"exit code {self.exit_code}" + (f", {self.summary}" if self.summary else "")
+        try:
+            name = signal.Signals(-self.exit_code).name
+        except ValueError:
+            name = f"signal {-self.exit_code}"
+        return f"killed by {name}"
+
+
+def explain_failures(failures: Mapping[int, ProcessFailure], folder: Path) -> int:
+    """Say on standard error which rank failed first and how the others ended; return the exit code of the first."""
+    ordered = sorted((_read(rank, failure) for rank, failure in failures.items()), key=lambda failure: failure.order)
+    first, *others = ordered
+    printed = any(folder.rglob("printed"))
+    traceback = "" if printed or not first.traceback else first.traceback
+    lines = [f"accelerator launch: rank {first.rank} failed first: {first.ending}"]
+    if first.traceback and printed:
+        lines[0] += " (traceback above)"
+    elif first.exit_code == -signal.SIGKILL:
+        lines[0] += ", which leaves no traceback; the system does this to a process when memory runs out"
+    lines += [f"accelerator launch: rank {other.rank} followed: {other.ending}" for other in others]
+    print(traceback + "\n".join(lines), file=sys.stderr, flush=True)
+    return 128 - first.exit_code if first.exit_code < 0 else first.exit_code
+
+
+def _read(rank: int, failure: ProcessFailure) -> Failure:
+    message: Any = failure.message
+    if not isinstance(message, dict):  # no error file: a signal, sys.exit, or a crash of the interpreter
+        return Failure(rank, failure.exitcode, float(failure.timestamp + 1))
+    extra = message["extraInfo"]
+    return Failure(
+        rank=rank,
+        exit_code=failure.exitcode,
+        seconds=extra.get("timestamp_ns", failure.timestamp * 10**9) / 10**9,
+        summary=message["message"].splitlines()[0][:200],
+        traceback=extra["py_callstack"],
+        follow_up=extra.get("follow_up", False),
+    )

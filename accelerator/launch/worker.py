@@ -1,0 +1,126 @@
+"""The first lines of every launched process: run the script as Python would, and report its error once per job.
+
+Started as a file, `python worker.py script|module TARGET ARGUMENTS...`, and made of the standard library alone,
+so that a script does not pay for it. An uncaught exception goes to the error file that torch's elastic agent
+names, in the agent's format. The first process of a node that fails by its own fault prints its traceback at
+once; one that fails because a peer went away leaves printing to the launcher.
+"""
+
+import sys
+
+if not getattr(sys.flags, "safe_path", False):  # before any other import: this directory must not shadow modules
+    del sys.path[0]
+
+import builtins
+import contextlib
+import io
+import json
+import os
+import runpy
+import time
+import types
+
+# What torch says in a RuntimeError when the other end of a connection died.
+PEER_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection was likely closed",
+    "failed to recv, got 0 bytes",
+    "remote process exited",
+    "Socket Timeout",
+)
+
+
+def is_follow_up(error: BaseException) -> bool:
+    """Whether this error, or one that led to it, only says that another process went away."""
+    seen: BaseException | None = error
+    while seen is not None:
+        lost = any(kind.__name__ == "PeerLostError" for kind in type(seen).__mro__)
+        if lost or (isinstance(seen, RuntimeError) and any(words in str(seen) for words in PEER_LOST)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def script_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:
+    """The traceback without the frames of this file and of runpy."""
+    ours = (__file__, runpy.__file__, "<frozen runpy>")
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
+        traceback = traceback.tb_next
+    return traceback
+
+
+def format_error(error: BaseException) -> str:
+    """What the process's own exception hook prints, so that one set by the script is still called."""
+    error.__traceback__ = script_frames(error.__traceback__)
+    text = io.StringIO()
+    with contextlib.redirect_stderr(text):
+        sys.excepthook(type(error), error, error.__traceback__)
+    return text.getvalue()
+
+
+def record(path: str, error: BaseException, text: str, follow_up: bool) -> bool:
+    """Write the error file. Returns whether this process is to print: it is the first of its node to fail by itself."""
+    summary = f"{type(error).__name__}: {error}"
+    now = time.time_ns()
+    extra = {"py_callstack": text, "timestamp": str(now // 10**9), "timestamp_ns": now, "follow_up": follow_up}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": summary, "extraInfo": extra}}, file)
+    if follow_up:
+        return False
+    attempt = os.path.dirname(os.path.dirname(path))  # <attempt>/<local rank>/error.json
+    try:
+        os.close(os.open(os.path.join(attempt, "printed"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def report(error: BaseException) -> None:
+    """Record the error and, if this process is the one to do so, print it."""
+    follow_up = is_follow_up(error)
+    text = format_error(error)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or record(path, error, text, follow_up):
+        rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        sys.stderr.write(f"rank {rank} of {size} failed:\n{text}")
+        sys.stderr.flush()
+
+
+def run_script(path: str) -> None:
+    """Run a file as `__main__`, which stays in place afterwards: what the script pickles must be found there."""
+    if not path.endswith(".py"):
+        runpy.run_path(path, run_name="__main__")  # knows directories, archives and compiled files
+        return
+    name = os.path.abspath(path)
+    main_module = types.ModuleType("__main__")
+    main_module.__dict__.update(__file__=name, __builtins__=builtins, __cached__=None)
+    sys.modules["__main__"] = main_module
+    with io.open_code(name) as file:
+        code = compile(file.read(), name, "exec", dont_inherit=True)
+    exec(code, main_module.__dict__)
+
+
+def main() -> None:
+    """Become the script: its `sys.argv`, its `sys.path`, its `__main__`."""
+    how, target = sys.argv[1:3]
+    del sys.argv[:2]
+    folder = os.getcwd() if how == "module" else os.path.dirname(os.path.realpath(target))
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, folder)
+    try:
+        if how == "module":
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            run_script(target)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        report(error)
+        # 130 is what a shell reports for a process that an interrupt ended.
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
+
+
+if __name__ == "__main__":
+    main()
