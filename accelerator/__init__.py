@@ -5,10 +5,10 @@ from pathlib import Path as _Path
 import strategies as _strategies
 
 if _Path(_strategies.__file__ or "").parent.parent != _Path(__file__).parent.parent:
+    _found = _strategies.__file__ or list(_strategies.__path__)
     raise ImportError(
-        f"`import strategies` found another package at {_strategies.__file__ or list(_strategies.__path__)}, in front of "
-        f"the one that comes with torch-accelerator in {_Path(__file__).parent.parent}. Rename or uninstall that one, or "
-        "take its folder off the front of sys.path."
+        f"`import strategies` found another package at {_found}, in front of the one that comes with torch-accelerator "
+        f"in {_Path(__file__).parent.parent}. Rename or uninstall that one, or take its folder off sys.path."
     )
 
 from strategies import CPU, DDP, AcceleratorError, SingleDevice, Strategy

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from strategies import Precision, Strategy, World, clipping, collectives
-from strategies.accumulation import Accumulation, Window
+from strategies.accumulation import Accumulation
 from strategies.errors import DataError, PrepareError, StepError
 from strategies.prepared import View, prepare
 from strategies.sources import Cursor
 from strategies.tree import num_samples
+from strategies.window import Window
 
 from . import processes
 from .batch_arithmetic import BatchArithmetic

@@ -45,8 +45,8 @@ class BatchArithmetic:
             if size and wanted % size == 0:
                 return wanted // size
         raise ConfigurationError(
-            f"global_batch_size is {wanted} ({self._origin}), but no dataloader was prepared to derive the accumulation "
-            "steps from. Prepare one, or use gradient_accumulation_steps."
+            f"global_batch_size is {wanted} ({self._origin}), but no dataloader was prepared to derive the "
+            "accumulation steps from. Prepare one, or use gradient_accumulation_steps."
         )
 
     def steps_for(self, cursor: Cursor | None) -> int:

@@ -36,6 +36,6 @@ def check_world(resolved: Resolved, world: World) -> None:
         return
     asked = " or ".join(str(nodes * launch.nproc_per_node) for nodes in expected)
     raise LaunchError(
-        f"launch.nproc_per_node is {launch.nproc_per_node} ({origin}), {asked} processes in all, but {world.size} "
-        f"{'is' if world.size == 1 else 'are'} running. Start the script with `accelerator launch`, or take the setting out."
+        f"launch.nproc_per_node is {launch.nproc_per_node} ({origin}): {asked} processes asked for, {world.size} "
+        "found. Start the script with `accelerator launch`, or take the setting out."
     )

@@ -48,19 +48,19 @@ def _share(inputs: Any, world: World, apply_padding: bool) -> Any:
         return {key: _share(value, world, apply_padding) for key, value in inputs.items()}
     if not isinstance(inputs, list | tuple | Tensor | np.ndarray):
         raise TypeError(
-            f"split_between_processes got {type(inputs).__name__}; expected a list, tuple, tensor, array or a mapping of them"
+            f"split_between_processes got {type(inputs).__name__}; expected a list, tuple, tensor, array or mapping"
         )
     each, more = divmod(len(inputs), world.size)
     start = world.rank * each + min(world.rank, more)
     share = inputs[start : start + each + (world.rank < more)]
     if not apply_padding or not more or len(share) > each or not len(inputs):
         return share
-    last = inputs[-1:]
+    last: Any = inputs[-1:]
     if isinstance(share, Tensor):
         return torch.cat([share, last])
     if isinstance(share, np.ndarray):
         return np.concatenate([share, last])
-    return share + last
+    return [*share, *last] if isinstance(share, list) else (*share, *last)
 
 
 def seed_everything(seed: int) -> None:

@@ -146,10 +146,11 @@ class DDP(Strategy):
                     "or a normalisation that does not look across samples (GroupNorm, LayerNorm)."
                 )
             return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise PrepareError(
-            f"{type(model).__name__} has batch normalisation ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), "
-            f"which on {world.size} processes would see only each rank's samples: other numbers than on one. Choose "
-            "DDP(batch_norm='sync') (accelerators), DDP(batch_norm='local') to accept it, or use GroupNorm."
+            f"{type(model).__name__} has batch normalisation ({listed}), which on {world.size} processes would "
+            "see only each rank's samples: other numbers than on one. Choose DDP(batch_norm='sync') (accelerators), "
+            "DDP(batch_norm='local') to accept it, or use GroupNorm."
         )
 
     def _register_comm_hook(self, wrapped: DistributedDataParallel) -> None:
@@ -174,4 +175,5 @@ def _compress_hook(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures
     gradients = bucket.buffer()
     compressed = gradients.to(dtype).div_(dist.get_world_size())
     work = dist.all_reduce(compressed, async_op=True).get_future()
-    return work.then(lambda future: gradients.copy_(future.value()[0]))
+    averaged: torch.futures.Future[torch.Tensor] = work.then(lambda future: gradients.copy_(future.value()[0]))
+    return averaged

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -192,7 +193,7 @@ def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None
 
 
 def _default_store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()
+    return cast(dist.Store, dist.distributed_c10d._get_default_store())
 
 
 def _store(placement: Placement, timeout: timedelta) -> dist.Store:

@@ -26,7 +26,8 @@ def permute(positions: npt.NDArray[np.int64], length: int, seed: int, epoch: int
     `positions`: any shape, values in [0, length). Returns indices of the same shape.
     """
     half_bits = max(1, ((length - 1).bit_length() + 1) // 2)
-    keys = np.random.SeedSequence((seed & (2**64 - 1), epoch)).generate_state(_ROUNDS, np.uint64)
+    words = np.random.SeedSequence((seed & (2**64 - 1), epoch)).generate_state(_ROUNDS, np.uint64)
+    keys = words.astype(np.uint64)
     result = _feistel(positions.astype(np.uint64), half_bits, keys)
     outside = np.flatnonzero(result >= length)
     flat = result.reshape(-1)
@@ -44,7 +45,8 @@ def _feistel(values: npt.NDArray[np.uint64], half_bits: int, keys: npt.NDArray[n
         mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
-    return (left << shift) | right
+    joined: npt.NDArray[np.uint64] = (left << shift) | right
+    return joined
 
 
 @dataclass(frozen=True)

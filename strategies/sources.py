@@ -22,13 +22,13 @@ class Cursor:
     """
 
     __slots__ = (
-        "_last_trained",
         "cut",
         "epoch",
         "finished",
         "grad_enabled",
         "index",
         "is_last",
+        "last_trained",
         "loader",
         "num_trained",
         "rank",
@@ -48,7 +48,7 @@ class Cursor:
         self.samples_seen = 0
         self.grad_enabled = False
         self.num_trained = 0
-        self._last_trained = -1
+        self.last_trained = -1
         self.finished = False
         self.verified = world.size == 1
 
@@ -61,12 +61,6 @@ class Cursor:
     def is_ghost(self) -> bool:
         """Whether this rank holds a repeated sample only to keep step with the others."""
         return self.cut is not None and self.samples == 0
-
-    def train(self) -> None:
-        """Note that the loop trains on the batch that it holds."""
-        if self._last_trained != self.index:
-            self._last_trained = self.index
-            self.num_trained += 1
 
     def agrees_with(self, other: Cursor) -> bool:
         """Whether both describe the same sizes from here to the end, so that either may weigh the window."""
@@ -138,6 +132,14 @@ class Sources:
     def is_open(self, cursor: Cursor) -> bool:
         """Whether the loop is still inside this pass."""
         return cursor in self._open
+
+    def train(self, cursor: Cursor) -> None:
+        """Note that the loop trains on the batch that it holds. Collective for the first batch of a pass."""
+        if not cursor.verified:
+            self.verify(cursor)
+        if cursor.last_trained != cursor.index:
+            cursor.last_trained = cursor.index
+            cursor.num_trained += 1
 
     def verify(self, cursor: Cursor) -> None:
         """Check once per pass that every rank is at the same place of it. Collective; raises `DataError`."""

@@ -28,26 +28,6 @@ if TYPE_CHECKING:
     from ..accumulation import Accumulation
 
 
-class PreparedDataLoader(View):
-    """What comes before the user's own methods in a prepared dataloader."""
-
-    __slots__ = ()
-
-    def __iter__(self) -> Iterator[Any]:
-        """One pass: this rank's part of an epoch, on its device. Not a collective."""
-        return self._link.iterate(super().__iter__)  # type: ignore[misc]  # DataLoader follows in the view
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the pass that was begun last; 0 before the first."""
-        return self._link.epoch
-
-    @property
-    def global_batch_size(self) -> int | None:
-        """Samples of one full batch over all ranks; `None` where it is not known."""
-        return self._link.global_batch_size
-
-
 class DataLoaderLink:
     """What a prepared dataloader knows: its cut of the data, and how many passes count as epochs.
 
@@ -138,6 +118,28 @@ class DataLoaderLink:
             )
 
 
+class PreparedDataLoader(View):
+    """What comes before the user's own methods in a prepared dataloader."""
+
+    __slots__ = ()
+
+    _link: DataLoaderLink
+
+    def __iter__(self) -> Iterator[Any]:
+        """One pass: this rank's part of an epoch, on its device. Not a collective."""
+        return self._link.iterate(super().__iter__)  # type: ignore[misc]  # DataLoader follows in the view
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the pass that was begun last; 0 before the first."""
+        return self._link.epoch
+
+    @property
+    def global_batch_size(self) -> int | None:
+        """Samples of one full batch over all ranks; `None` where it is not known."""
+        return self._link.global_batch_size
+
+
 def prepare_dataloader(loader: DataLoader[Any], accumulation: Accumulation, *, split_batches: bool, seed: int) -> Any:
     """`loader` cut into this rank's part, behind a view that is still an instance of its class.
 
@@ -151,8 +153,8 @@ def prepare_dataloader(loader: DataLoader[Any], accumulation: Accumulation, *, s
     if shuffle is None:
         if world.size > 1:
             raise DataError(
-                f"{_what(loader)} cannot be cut over {world.size} processes yet: only map-style datasets with the samplers "
-                "that DataLoader makes itself (shuffle=True or False, batch_size=n) can. On one process it works."
+                f"{_what(loader)} cannot be cut over {world.size} processes yet: only map-style datasets with the "
+                "samplers that DataLoader makes itself (shuffle=True or False, batch_size=n) can. One process works."
             )
     else:
         assert loader.batch_size is not None

@@ -13,7 +13,8 @@ from ..errors import PrepareError, StepError
 from .view import View, make_view
 
 if TYPE_CHECKING:
-    from ..accumulation import Accumulation, Window
+    from ..accumulation import Accumulation
+    from ..window import Window
     from .model import ModelLink
 
 _log = logging.getLogger("accelerator")
@@ -134,10 +135,11 @@ class OptimizerLink:
                 strangers.append(parameter)
         if strangers:
             shapes = ", ".join(str(tuple(parameter.shape)) for parameter in strangers[:5])
+            shapes += ", ..." if len(strangers) > 5 else ""
             raise PrepareError(
-                f"{type(self.original).__name__} holds {len(strangers)} of {len(parameters)} parameters that belong to no "
-                f"prepared model (shapes {shapes}{', ...' if len(strangers) > 5 else ''}). Give their model to the same "
-                "prepare(), or build the optimizer from the model that prepare() returned."
+                f"{type(self.original).__name__} holds {len(strangers)} of {len(parameters)} parameters that belong to "
+                f"no prepared model (shapes {shapes}). Give their model to the same prepare(), "
+                "or build the optimizer from the model that prepare() returned."
             )
         return live
 

@@ -29,7 +29,7 @@ def prepare(objects: Sequence[Any], accumulation: Accumulation, *, split_batches
     kinds = [_kind(item) for item in objects]
     _refuse_repeated(objects, accumulation)
     accumulation.forget_windows()
-    before = [list(held) for held in (accumulation.models, accumulation.optimizers, accumulation.loaders)]
+    before = accumulation.models[:], accumulation.optimizers[:], accumulation.loaders[:]
     prepared: dict[int, Any] = {}
     try:
         for index in _indices(kinds, "model"):
@@ -69,8 +69,8 @@ def _kind(item: Any) -> str:
     elif hasattr(item, "__iter__"):
         advice = " Put data into a torch.utils.data.DataLoader."
     raise PrepareError(
-        f"prepare() got {type(item).__name__} {item!r:.60}; expected torch modules, optimizers, learning-rate schedulers "
-        f"(with .optimizer and .step) and DataLoaders.{advice}"
+        f"prepare() got {type(item).__name__} {item!r:.60}; expected torch modules, optimizers, learning-rate "
+        f"schedulers (with .optimizer and .step) and DataLoaders.{advice}"
     )
 
 

@@ -48,7 +48,7 @@ def make_view(original: Any, methods: type[V], link: Any) -> V:
             (methods, cls),
             exec_body=lambda namespace: namespace.update(__slots__=(), __module__=cls.__module__, __doc__=cls.__doc__),
         )
-        view = cls.__new__(view_cls)
+        view: Any = cast(Any, view_cls).__new__(view_cls)
         object.__setattr__(view, "__dict__", original.__dict__)
     except (TypeError, AttributeError) as error:
         raise PrepareError(
@@ -56,4 +56,4 @@ def make_view(original: Any, methods: type[V], link: Any) -> V:
             "Give an ordinary Python class."
         ) from error
     cast(Any, View)._link.__set__(view, link)
-    return view
+    return cast(V, view)

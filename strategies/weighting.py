@@ -1,0 +1,123 @@
+"""What every micro-batch weighs in its window.
+
+At every optimizer step the gradient is that of the mean loss over all samples of the window, over all
+ranks. A micro-batch of n samples on one rank of W therefore enters backward with the factor n * W / N,
+where N is the number of samples of the whole window and W undoes the mean over ranks. N is known from the
+plan of the epoch before the window begins, so the usual window needs no communication. Where it is not
+known (explicit weights, a stream, a batch skipped or used twice), micro-batches enter with a reference
+in place of N, and the gradients are rescaled once by the true sum when the window closes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import collectives
+from .errors import StepError
+from .sources import Cursor
+from .world import World
+
+
+class Weighting:
+    """The weights of one window, from its first micro-batch to its close."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        # Mean explicit weight of a micro-batch in the last window that had any: a guess that keeps gradients
+        # near their true size until the true sum is known. The same on all ranks, as the reference must be.
+        self._unit: float | Tensor = 1.0
+        self._num_parts = 1
+        self._reference: float | Tensor = 1.0
+        self._deferred = False
+        self._explicit: bool | None = None
+        self._sum: float | Tensor = 0.0
+        self._last: float | Tensor = 0.0
+
+    def begin(self, cursor: Cursor | None, steps: int) -> None:
+        """Begin a window of at most `steps` micro-batches, the first of which `cursor` holds."""
+        self._num_parts = steps * self._world.size
+        self._explicit = None
+        self._sum = 0.0
+        if cursor is None:  # no prepared loader: every micro-batch weighs the same
+            self._deferred = False
+            self._reference = float(self._num_parts)
+        elif cursor.cut is None:  # a stream: neither its sizes nor its end are known
+            self._deferred = steps > 1
+            self._reference = float(steps * cursor.samples)
+        else:
+            self._deferred = False
+            self._reference = float(cursor.cut.window_samples(cursor.index, steps))
+
+    def leave_plan(self) -> None:
+        """Note that the loop takes another micro-batch than was planned; the true sum then decides."""
+        self._deferred = True
+
+    def factor(self, cursor: Cursor | None, weight: float | Tensor | None, *, again: bool) -> float | Tensor:
+        """What the loss of this micro-batch is multiplied by. `again`: it had a backward before.
+
+        Raises `StepError` for a weight that is no count, or where weights are given for some losses only.
+        """
+        explicit = weight is not None
+        if self._explicit is not None and self._explicit != explicit:
+            raise StepError(
+                "backward() got weight= in some micro-batches of one window and not in others. Give it in all or none."
+            )
+        if weight is None:
+            known: float | Tensor = float(cursor.samples) if cursor is not None else 1.0
+        else:
+            known = self._given(_checked(weight), cursor, again)
+        self._explicit = explicit
+        if not again:
+            self._sum = self._sum + known
+            self._last = known
+        return known * self._world.size / self._reference
+
+    def correction(self) -> float | Tensor | None:
+        """What the window's gradients are multiplied by at its close, if its weight was not known before.
+
+        One small all-reduce where it was not and there are several ranks. A window in which nothing weighed
+        anything (every token masked, say) has the gradient of no sample: zero.
+        """
+        if not self._deferred:
+            return None
+        if self._world.size == 1 and not isinstance(self._sum, Tensor):
+            if self._sum == 0:
+                return 0.0
+            correction = float(self._reference) / self._sum
+            self._unit = self._sum / self._num_parts if self._explicit else self._unit
+            return correction
+        total = collectives.sum_scalar(self._sum, self._world)
+        some = total > 0
+        if self._explicit:
+            self._unit = torch.where(some, total / self._num_parts, torch.ones_like(total))
+        scaled = self._reference / total.clamp(min=torch.finfo(total.dtype).tiny)
+        return torch.where(some, scaled, torch.zeros_like(total)).float()
+
+    def _given(self, weight: float | Tensor, cursor: Cursor | None, again: bool) -> float | Tensor:
+        if self._explicit is None:
+            self._deferred = self._num_parts > 1
+            self._reference = self._unit * self._num_parts
+        if cursor is not None and cursor.is_ghost:
+            weight = 0.0
+        if not self._deferred:  # alone in its window: a mean over itself, whatever it counts
+            return self._reference
+        if again and isinstance(weight, float) and weight != self._last:
+            raise StepError(
+                f"backward() got weight={weight} after weight={self._last} in the same micro-batch. The losses of one "
+                "micro-batch share its weight: add them up, or put each in an accumulate() of its own."
+            )
+        return weight
+
+
+def _checked(weight: float | Tensor) -> float | Tensor:
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1:
+            raise StepError(f"weight has shape {tuple(weight.shape)}; expected one number, such as the count of tokens")
+        dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+        return weight.detach().reshape(()).to(dtype)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        raise StepError(f"weight is {weight!r}; expected a finite number >= 0, such as the count of tokens")
+    return float(weight)

@@ -1,0 +1,221 @@
+"""A window of micro-batches: where it begins and closes, and what may happen while it is open."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .errors import StepError
+from .process_group import explain_lost_peer, leave_last_words
+from .scaling import LossScaler
+from .sources import Cursor
+from .weighting import Weighting
+
+if TYPE_CHECKING:
+    from .accumulation import Accumulation
+    from .prepared.model import ModelLink
+    from .prepared.optimizer import OptimizerLink
+
+_log = logging.getLogger("accelerator")
+
+
+class Window:
+    """The window of one group of models. Entering it opens a micro-batch; leaving it ends that one."""
+
+    def __init__(self, accumulation: Accumulation, models: Sequence[ModelLink]) -> None:
+        self.accumulation = accumulation
+        self.models = tuple(models)
+        self.optimizers = accumulation.optimizers_of(models)
+        self.scaler = LossScaler(accumulation.world) if accumulation.precision.scales_loss else None
+        self.closing = True  # the micro-batch that is open, or was last, ends the window
+        self.count = 0  # micro-batches of this window that have ended
+        self.num_backward = 0  # backward calls in the micro-batch that is open, or was last
+        self.stepped: set[OptimizerLink] = set()
+        self._finished: set[OptimizerLink] = set()
+        self._weighting = Weighting(accumulation.world)
+        self._correction: float | Tensor | None = None
+        self._steps = 1
+        self._cursor: Cursor | None = None
+        self._first_index = -1
+        self._loader: DataLoader[Any] | None = None
+        self._contexts = ExitStack()
+        self._frozen: list[Tensor] = []
+
+    def on(self, loader: DataLoader[Any] | None) -> Window:
+        """This window, its next micro-batch taken from `loader`; from the loop's own loader with `None`."""
+        self._loader = loader
+        return self
+
+    def __enter__(self) -> Window:
+        accumulation = self.accumulation
+        if accumulation.current is not None:
+            raise StepError(
+                "accumulate() was entered inside another accumulate(). Leave the first one before, "
+                "or name the models of both in one: accumulate(generator, discriminator)."
+            )
+        cursor = accumulation.sources.training(self._loader)
+        if cursor is not None:
+            accumulation.sources.train(cursor)
+        if self.closing:
+            self._begin(cursor, accumulation.steps_for(cursor))
+        elif cursor is not self._cursor or (cursor is not None and cursor.index != self._first_index + self.count):
+            self._weighting.leave_plan()  # a skipped batch, a part of one, another loader
+        self._cursor = cursor
+        self.num_backward = 0
+        self.closing = self.count + 1 >= self._steps or (cursor is not None and cursor.is_last)
+        if not self.closing:
+            for model in self.models:
+                self._contexts.enter_context(accumulation.strategy.no_sync(model.wrapped))
+        if len(accumulation.models) > len(self.models):
+            self._freeze_others()
+        self._become_latest()
+        accumulation.current = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        accumulation = self.accumulation
+        accumulation.current = None
+        if not self.closing:
+            self._contexts.close()
+        if self._frozen:
+            self._thaw_others()
+        if error is not None:
+            leave_last_words(accumulation.world, error)
+            self._abandon()
+            return
+        self.count += 1
+        if self.closing:
+            accumulation.strategy.mark_step(accumulation.world)
+
+    def begin_alone(self) -> None:
+        """Make a window of the batch that the loop holds, for a backward outside `accumulate`.
+
+        Several backwards before one step share it: they are losses of the same batch.
+        """
+        cursor = self.accumulation.sources.training()
+        if cursor is not None:
+            self.accumulation.sources.train(cursor)
+        same_batch = cursor is self._cursor and (cursor is None or cursor.index == self._first_index)
+        if self.stepped or self.num_backward == 0 or not same_batch:
+            self._begin(cursor, 1)
+            self.num_backward = 0
+        self._cursor = cursor
+        self._become_latest()
+
+    def backward(self, loss: Tensor, weight: float | Tensor | None, arguments: dict[str, Any]) -> None:
+        """Run backward of `loss`, a mean over the samples of this micro-batch, with its weight in the window."""
+        _check_loss(loss)
+        factor = self._weighting.factor(self._cursor, weight, again=self.num_backward > 0)
+        self.num_backward += 1
+        try:
+            if self.scaler is not None:
+                factor = factor.float() if isinstance(factor, Tensor) else factor
+                self.scaler.scale(loss * factor).backward(**arguments)
+            elif isinstance(factor, Tensor):
+                loss.backward(factor.to(loss).reshape(loss.shape), **arguments)
+            elif factor == 1.0:
+                loss.backward(**arguments)
+            else:
+                loss.backward(loss.new_full(loss.shape, factor), **arguments)
+        except RuntimeError as error:
+            lost = explain_lost_peer(self.accumulation.world, error)
+            if lost is None:
+                raise
+            raise lost from error
+
+    def finish(self, optimizer: OptimizerLink) -> None:
+        """Make the optimizer's gradients those of the window's mean loss: reduce, rescale, unscale. Once a window."""
+        if optimizer in self._finished:
+            return
+        if not self._finished:
+            accumulation = self.accumulation
+            accumulation.strategy.reduce_gradients([model.wrapped for model in self.models], accumulation.world)
+            self._correction = self._weighting.correction()
+        self._finished.add(optimizer)
+        if self._correction is None and self.scaler is None:
+            return
+        gradients = optimizer.gradients()
+        if gradients and self._correction is not None:
+            torch._foreach_mul_(gradients, self._correction)
+        if gradients and self.scaler is not None:
+            self.scaler.unscale(optimizer.original)
+
+    def may_zero(self, stepped: bool) -> bool:
+        """Whether gradients may be zeroed now: at the start of a window, after its step, or to discard it all."""
+        if self.accumulation.current is not self:
+            return self.closing
+        if self.count == 0 and self.num_backward == 0:
+            return True
+        return self.closing and (stepped or self.num_backward > 0)
+
+    def _begin(self, cursor: Cursor | None, steps: int) -> None:
+        if self.scaler is not None:
+            self.scaler.begin_window()
+        self._steps = steps
+        self._first_index = cursor.index if cursor is not None else -1
+        self._weighting.begin(cursor, steps)
+        self._correction = None
+        self._finished.clear()
+        self.stepped.clear()
+        self.count = 0
+
+    def _become_latest(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.window = self
+        self.accumulation.latest = self
+
+    def _abandon(self) -> None:
+        """Drop the window in which an exception arose: what its gradients hold by now is nobody's mean."""
+        if self.count > 0:
+            _log.warning(
+                "an exception inside accumulate() dropped the gradients of %d earlier micro-batches of its window",
+                self.count,
+            )
+        for optimizer in self.optimizers:
+            optimizer.original.zero_grad()
+        self.closing = True
+        self.count = self.num_backward = 0
+
+    def _freeze_others(self) -> None:
+        """Keep this window's backward out of the gradients of models that have a window of their own.
+
+        In a GAN the generator's loss runs through the discriminator. On one device its gradients there are
+        wiped by zero_grad(); inside an open window nothing may be wiped, so they must not arise.
+        """
+        own = {id(parameter) for model in self.models for parameter in model.original.parameters()}
+        for model in self.accumulation.models:
+            if model not in self.models and model.is_trained:
+                model.bypass = True
+                self._frozen += [p for p in model.original.parameters() if p.requires_grad and id(p) not in own]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    def _thaw_others(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen.clear()
+        for model in self.accumulation.models:
+            model.bypass = False
+
+
+def _check_loss(loss: Tensor) -> None:
+    if not isinstance(loss, Tensor):
+        raise StepError(f"loss is {type(loss).__name__}; expected a scalar tensor with a gradient")
+    if loss.numel() != 1:
+        raise StepError(
+            f"loss has shape {tuple(loss.shape)}; expected a scalar: the mean over the samples of this micro-batch"
+        )
+    if not loss.requires_grad:
+        raise StepError(
+            "loss carries no gradient. Was it detached, computed under torch.no_grad(), or by a model without "
+            "trainable parameters?"
+        )
