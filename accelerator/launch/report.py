@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Failure:
-    """One process that failed. `summary` and `traceback` are empty if it left no error file."""
+    """One process that failed. `summary` and `traceback` are empty if it left no error file.
+
+    `noticed` counts the failures in the order in which the agent saw them; `seconds` is when it happened.
+    """
 
     rank: int
     exit_code: int
+    noticed: int
     seconds: float
     summary: str = ""
     traceback: str = ""
@@ -26,9 +30,14 @@ class Failure:
 
     @property
     def order(self) -> tuple[int, float]:
-        """Causes sort before consequences: the agent ends the rest by SIGTERM, and peers lose a connection."""
-        kind = 2 if self.follow_up else 1 if self.exit_code == -signal.SIGTERM else 0
-        return kind, self.seconds
+        """Causes sort before consequences: peers lose a connection, and the agent ends the rest by SIGTERM.
+
+        If nothing but such consequences is left, the first one noticed is nearest to the cause: the agent sends
+        SIGTERM only after it has noticed a failure.
+        """
+        if self.follow_up or self.exit_code == -signal.SIGTERM:
+            return 1, self.noticed
+        return 0, self.seconds
 
     @property
     def ending(self) -> str:
@@ -44,8 +53,8 @@ class Failure:
 
 def explain_failures(failures: Mapping[int, ProcessFailure], folder: Path) -> int:
     """Say on standard error which rank failed first and how the others ended; return the exit code of the first."""
-    ordered = sorted((_read(rank, failure) for rank, failure in failures.items()), key=lambda failure: failure.order)
-    first, *others = ordered
+    read = [_read(rank, failure, noticed) for noticed, (rank, failure) in enumerate(failures.items())]
+    first, *others = sorted(read, key=lambda failure: failure.order)
     printed = any(folder.rglob("printed"))
     traceback = "" if printed or not first.traceback else first.traceback
     lines = [f"accelerator launch: rank {first.rank} failed first: {first.ending}"]
@@ -58,14 +67,15 @@ def explain_failures(failures: Mapping[int, ProcessFailure], folder: Path) -> in
     return 128 - first.exit_code if first.exit_code < 0 else first.exit_code
 
 
-def _read(rank: int, failure: ProcessFailure) -> Failure:
+def _read(rank: int, failure: ProcessFailure, noticed: int) -> Failure:
     message: Any = failure.message
     if not isinstance(message, dict):  # no error file: a signal, sys.exit, or a crash of the interpreter
-        return Failure(rank, failure.exitcode, float(failure.timestamp + 1))
+        return Failure(rank, failure.exitcode, noticed, float(failure.timestamp + 1))
     extra = message["extraInfo"]
     return Failure(
         rank=rank,
         exit_code=failure.exitcode,
+        noticed=noticed,
         seconds=extra.get("timestamp_ns", failure.timestamp * 10**9) / 10**9,
         summary=message["message"].splitlines()[0][:200],
         traceback=extra["py_callstack"],
