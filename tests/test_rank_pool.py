@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fresh_process import FreshProcesses
 from rank_pool import RankPool, RemoteError, WorkerDied, WorkerHung
@@ -131,6 +133,12 @@ def test_results_come_in_rank_order(ranks: RankPool, nproc: int) -> None:
 @pytest.mark.parametrize("nproc", [1, 2, 4])
 def test_ranks_form_a_process_group(ranks: RankPool, nproc: int) -> None:
     assert ranks(sum_of_ranks, nproc=nproc) == [sum(range(nproc))] * nproc
+
+
+@given(value=st.integers(0, 9))
+@settings(max_examples=10, deadline=None)
+def test_cases_may_be_generated(ranks: RankPool, value: int) -> None:
+    assert [answer.value for answer in ranks(add_rank, Answer(value, torch.ones(1)))] == [value, value + 1]
 
 
 def test_the_environment_is_torchruns(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
