@@ -53,7 +53,7 @@ def explain(
     kind = type(strategy)
     rows = [
         Row("strategy", settings.strategy, f"{kind.__name__} ({kind.__module__})", origins["strategy"]),
-        Row("device", str(getattr(strategy, "device", "")), str(world.device), ""),
+        Row("device", "", str(world.device), ""),
         Row(
             "processes",
             str(settings.launch.nproc_per_node or ""),

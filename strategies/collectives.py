@@ -6,9 +6,8 @@ same call returns on many, so that a loop needs no `if`.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import CollectiveError, ShapeMismatchError
-from .process_group import explain_lost_peer
+from .process_group import named_failures
 from .tree import iterate_leaves, iterate_tensors, map_tensors
 from .world import World
 
@@ -29,7 +28,7 @@ def all_gather_integers(values: Sequence[int], world: World) -> list[tuple[int, 
         return [mine]
     sent = torch.tensor(mine, dtype=torch.int64, device=_control_device(world))
     received = [torch.empty_like(sent) for _ in range(world.size)]
-    with _named_failures(world):
+    with named_failures(world):
         dist.all_gather(received, sent)
     return [tuple(tensor.tolist()) for tensor in received]
 
@@ -39,7 +38,7 @@ def all_gather_objects(value: Any, world: World) -> list[Any]:
     if world.size == 1:
         return [value]
     received: list[Any] = [None] * world.size
-    with _named_failures(world):
+    with named_failures(world):
         dist.all_gather_object(received, value)
     return received
 
@@ -82,7 +81,7 @@ def reduce(tree: Any, world: World, *, reduction: Literal["sum", "mean"] = "sum"
     def one(tensor: Tensor) -> Tensor:
         result = tensor.detach().clone()
         if world.size > 1:
-            with _named_failures(world):
+            with named_failures(world):
                 dist.all_reduce(result)
         if reduction == "mean":
             result = result / world.size
@@ -99,7 +98,7 @@ def broadcast(tree: Any, world: World) -> Any:
     slots = iter([_Slot(index, leaf.shape, leaf.dtype) for index, leaf in enumerate(leaves)])
     skeleton = map_tensors(lambda _: next(slots), tree) if world.is_main else None
     carrier = [skeleton]
-    with _named_failures(world):
+    with named_failures(world):
         dist.broadcast_object_list(carrier, src=0)
 
     def one(slot: _Slot) -> Tensor:
@@ -107,7 +106,7 @@ def broadcast(tree: Any, world: World) -> Any:
             tensor = leaves[slot.index].to(world.device, copy=True)
         else:
             tensor = torch.empty(slot.shape, dtype=slot.dtype, device=world.device)
-        with _named_failures(world):
+        with named_failures(world):
             dist.broadcast(tensor, src=0)
         return tensor
 
@@ -140,7 +139,7 @@ def sum_scalar(value: float | Tensor, world: World) -> Tensor:
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
     total = torch.as_tensor(value).detach().to(device=world.device, dtype=dtype, copy=True)
     if world.size > 1:
-        with _named_failures(world):
+        with named_failures(world):
             dist.all_reduce(total)
     return total
 
@@ -162,18 +161,6 @@ class _Slot:
     index: int
     shape: torch.Size
     dtype: torch.dtype
-
-
-@contextlib.contextmanager
-def _named_failures(world: World) -> Iterator[None]:
-    """Turn the backend's "connection closed" into an error that names the rank."""
-    try:
-        yield
-    except RuntimeError as error:
-        lost = explain_lost_peer(world, error)
-        if lost is None:
-            raise
-        raise lost from error
 
 
 def _check_alike(tree: Any, world: World, *, ignore_first_dim: bool) -> None:
@@ -212,7 +199,7 @@ def _all_gather(tensor: Tensor, world: World) -> list[Tensor]:
         return [tensor]
     sent = tensor.reshape(-1).view(torch.uint8)
     received = [torch.empty_like(sent) for _ in range(world.size)]
-    with _named_failures(world):
+    with named_failures(world):
         dist.all_gather(received, sent)
     return [part.view(tensor.dtype).reshape(tensor.shape) for part in received]
 

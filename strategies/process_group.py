@@ -7,7 +7,8 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
@@ -142,6 +143,18 @@ def leave(world: World) -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def named_failures(world: World) -> Iterator[None]:
+    """Turn the backend's "connection closed" in this block into a `PeerLostError` that names the rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = explain_lost_peer(world, error)
+        if lost is None:
+            raise
+        raise lost from error
+
+
 def leave_last_words(world: World, error: BaseException) -> None:
     """Tell the other ranks why this one is about to go, for their `PeerLostError`. Not collective."""
     if world.size == 1 or not dist.is_initialized():
@@ -193,7 +206,7 @@ def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None
 
 
 def _default_store() -> dist.Store:
-    return cast(dist.Store, dist.distributed_c10d._get_default_store())
+    return dist.distributed_c10d._get_default_store()
 
 
 def _store(placement: Placement, timeout: timedelta) -> dist.Store:
@@ -208,7 +221,7 @@ def _store(placement: Placement, timeout: timedelta) -> dist.Store:
             raise LaunchError(f"WORLD_SIZE is set but {name} is not. Start the script with `accelerator launch`.")
     # torch's own handler knows when the agent hosts the store (TORCHELASTIC_USE_AGENT_STORE)
     store, _, _ = next(iter(dist.rendezvous("env://", placement.rank, placement.size, timeout=timeout)))
-    return store
+    return cast(dist.Store, store)
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -85,8 +85,10 @@ class Sources:
         if cursor in self._open:
             self._open.remove(cursor)
 
-    def advance(self, cursor: Cursor) -> None:
-        """Note that the loop now holds the batch at `cursor.index`."""
+    def advance(self, cursor: Cursor, index: int, is_last: bool) -> None:
+        """Note that the loop now holds batch `index` of a pass."""
+        cursor.index = index
+        cursor.is_last = is_last
         cursor.grad_enabled = torch.is_grad_enabled()
         self._latest = cursor
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .errors import StepError
-from .process_group import explain_lost_peer, leave_last_words
+from .process_group import explain_lost_peer, leave_last_words, named_failures
 from .scaling import LossScaler
 from .sources import Cursor
 from .weighting import Weighting
@@ -138,8 +138,9 @@ class Window:
             return
         if not self._finished:
             accumulation = self.accumulation
-            accumulation.strategy.reduce_gradients([model.wrapped for model in self.models], accumulation.world)
-            self._correction = self._weighting.correction()
+            with named_failures(accumulation.world):
+                accumulation.strategy.reduce_gradients([model.wrapped for model in self.models], accumulation.world)
+                self._correction = self._weighting.correction()
         self._finished.add(optimizer)
         if self._correction is None and self.scaler is None:
             return

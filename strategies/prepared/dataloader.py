@@ -66,10 +66,14 @@ class DataLoaderLink:
         sources.open(cursor)
         try:
             batches = accumulation.strategy.device_loader(make_iterator(), world)
-            if sampler is not None:
-                yield from self._planned(batches, cursor, sampler.cut.num_batches)
-            else:
+            if sampler is None:
                 yield from self._stream(batches, cursor)
+            else:
+                advance, final = sources.advance, sampler.cut.num_batches - 1
+                for index, batch in enumerate(batches):
+                    advance(cursor, index, index == final)
+                    yield batch
+                self._check_number(cursor, sampler.cut.num_batches)
             cursor.finished = True
         except Exception as error:
             leave_last_words(world, error)
@@ -78,19 +82,11 @@ class DataLoaderLink:
             sources.close(cursor)
         self._check_trained(cursor)
 
-    def _planned(self, batches: Iterator[Any], cursor: Cursor, num_batches: int) -> Iterator[Any]:
-        advance = self.accumulation.sources.advance
-        last = num_batches - 1
-        index = -1
-        for index, batch in enumerate(batches):
-            cursor.index = index
-            cursor.is_last = index == last
-            advance(cursor)
-            yield batch
-        if index != last:
+    def _check_number(self, cursor: Cursor, num_batches: int) -> None:
+        if cursor.index + 1 != num_batches:
             raise DataError(
-                f"the loader ended after {index + 1} of {num_batches} batches. Does its class have an __iter__ of its "
-                "own? It must yield one batch per element of batch_sampler."
+                f"the loader gave {cursor.index + 1} instead of {num_batches} batches. Does its class have an "
+                "__iter__ of its own? It must yield one batch per element of batch_sampler."
             )
 
     def _stream(self, batches: Iterator[Any], cursor: Cursor) -> Iterator[Any]:
@@ -100,10 +96,8 @@ class DataLoaderLink:
         batch = next(batches, nothing)
         while batch is not nothing:
             following = next(batches, nothing)
-            cursor.index += 1
-            cursor.is_last = following is nothing
             cursor.samples_seen = num_samples(batch) or 1
-            advance(cursor)
+            advance(cursor, cursor.index + 1, following is nothing)
             yield batch
             batch = following
 

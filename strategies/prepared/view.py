@@ -48,7 +48,7 @@ def make_view(original: Any, methods: type[V], link: Any) -> V:
             (methods, cls),
             exec_body=lambda namespace: namespace.update(__slots__=(), __module__=cls.__module__, __doc__=cls.__doc__),
         )
-        view: Any = cast(Any, view_cls).__new__(view_cls)
+        view: Any = object.__new__(view_cls)  # not the class's own: fully_shard's makes a module without our class
         object.__setattr__(view, "__dict__", original.__dict__)
     except (TypeError, AttributeError) as error:
         raise PrepareError(
