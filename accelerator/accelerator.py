@@ -135,7 +135,8 @@ class Accelerator:
         `arguments` go to `Tensor.backward`. Raises `StepError` for a loss that is no scalar or has no gradient,
         and outside `accumulate` where gradients are to be accumulated.
         """
-        self._accumulation.backward(loss, weight, arguments)
+        window = self._accumulation.current or self._accumulation.window_alone()
+        window.backward(loss, weight, arguments)
 
     # -- the step ------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ class BatchArithmetic:
     """Accumulation steps from the settings and the loaders that were prepared."""
 
     def __init__(self, resolved: Resolved, world: World) -> None:
-        self._settings = resolved.settings
+        self._steps = resolved.settings.gradient_accumulation_steps
+        self._wanted = resolved.settings.global_batch_size
         self._origin = resolved.origins["global_batch_size"]
         self._world = world
         self._batch_sizes: list[int | None] = []
@@ -26,7 +27,7 @@ class BatchArithmetic:
         is known, and checked again, at the first micro-batch.
         """
         self._batch_sizes += [loader.global_batch_size for loader in loaders]
-        wanted = self._settings.global_batch_size
+        wanted = self._wanted
         if wanted is not None and loaders and not any(size and wanted % size == 0 for size in self._batch_sizes):
             self._refuse(wanted, self._batch_sizes)
 
@@ -38,9 +39,9 @@ class BatchArithmetic:
     @property
     def steps(self) -> int:
         """Micro-batches per window; with a global batch size, for the first loader that divides it."""
-        wanted = self._settings.global_batch_size
+        wanted = self._wanted
         if wanted is None:
-            return self._settings.gradient_accumulation_steps
+            return self._steps
         for size in self._batch_sizes:
             if size and wanted % size == 0:
                 return wanted // size
@@ -51,8 +52,10 @@ class BatchArithmetic:
 
     def steps_for(self, cursor: Cursor | None) -> int:
         """Micro-batches of a window over the loader that `cursor` is in."""
-        wanted = self._settings.global_batch_size
-        if wanted is None or cursor is None:
+        wanted = self._wanted
+        if wanted is None:
+            return self._steps
+        if cursor is None:
             return self.steps
         batch = cursor.cut.global_batch if cursor.cut is not None else cursor.loader.batch_size
         if not batch or wanted % batch:

@@ -92,23 +92,24 @@ class Accumulation:
         """The optimizers that hold parameters of any of `models`."""
         return [optimizer for optimizer in self.optimizers if any(model in optimizer.models for model in models)]
 
-    def backward(self, loss: Tensor, weight: float | Tensor | None, arguments: dict[str, Any]) -> None:
-        """Backward in the micro-batch that is open, or in a window of its own outside `accumulate`."""
-        window = self.current
-        if window is None:
-            if self.steps_for(self.sources.training()) > 1:
-                raise StepError(
-                    "backward() ran outside accumulate() although gradients are to be accumulated over several "
-                    "micro-batches. Put forward, backward and step inside `with accelerator.accumulate(model):`."
-                )
-            if self.precision.scales_loss and len(self.optimizers) > 1:
-                raise StepError(
-                    f"backward() ran outside accumulate() with float16 and {len(self.optimizers)} optimizers, whose "
-                    "loss scales must not mix. Put each loss inside `with accelerator.accumulate(its_model):`."
-                )
-            window = self.window()
-            window.begin_alone()
-        window.backward(loss, weight, arguments)
+    def window_alone(self) -> Window:
+        """A window of one micro-batch, for a backward outside `accumulate`.
+
+        Raises `StepError` where that backward would not do what was configured.
+        """
+        if self.steps_for(self.sources.training()) > 1:
+            raise StepError(
+                "backward() ran outside accumulate() although gradients are to be accumulated over several "
+                "micro-batches. Put forward, backward and step inside `with accelerator.accumulate(model):`."
+            )
+        if self.precision.scales_loss and len(self.optimizers) > 1:
+            raise StepError(
+                f"backward() ran outside accumulate() with float16 and {len(self.optimizers)} optimizers, whose "
+                "loss scales must not mix. Put each loss inside `with accelerator.accumulate(its_model):`."
+            )
+        window = self.window()
+        window.begin_alone()
+        return window
 
     def _make_window(self, models: tuple[ModelLink, ...]) -> Window:
         for optimizer in self.optimizers_of(models):

@@ -18,6 +18,8 @@ from .process_group import pick_device, read_environment
 from .tree import move
 from .world import World
 
+_NOTHING = nullcontext()  # may be entered again and again
+
 
 @dataclass(frozen=True)
 class SingleDevice(Strategy):
@@ -55,7 +57,7 @@ class SingleDevice(Strategy):
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """There is nobody to synchronise with."""
-        return nullcontext()
+        return _NOTHING
 
     def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
         """There is nobody to reduce with."""

@@ -17,11 +17,12 @@ class Cursor:
     """The position of one pass over one prepared loader, moved by the loader as the loop takes batches.
 
     `index` is the number of the global batch that the loop holds, -1 before the first. `cut` is `None`
-    for a loader whose sizes are not known in advance (one process only); then `samples_seen` is the size
-    of the batch that the loop holds.
+    for a loader whose sizes are not known in advance (one process only). `samples_seen` is then the size of
+    the batch that the loop holds; else that of this rank's part of a full one.
     """
 
     __slots__ = (
+        "_num_full",
         "cut",
         "epoch",
         "finished",
@@ -45,7 +46,8 @@ class Cursor:
         self.seed = seed
         self.index = -1
         self.is_last = False
-        self.samples_seen = 0
+        self._num_full = 0 if cut is None else cut.length // cut.global_batch
+        self.samples_seen = cut.local_samples(0, world.rank) if cut is not None else 0
         self.grad_enabled = False
         self.num_trained = 0
         self.last_trained = -1
@@ -55,7 +57,9 @@ class Cursor:
     @property
     def samples(self) -> int:
         """Samples of this rank in the batch that the loop holds; 0 for a ghost."""
-        return self.samples_seen if self.cut is None else self.cut.local_samples(self.index, self.rank)
+        if self.index < self._num_full or self.cut is None:
+            return self.samples_seen
+        return self.cut.local_samples(self.index, self.rank)
 
     @property
     def is_ghost(self) -> bool:
