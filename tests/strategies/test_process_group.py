@@ -1,0 +1,221 @@
+"""Where the environment places a process, and what the others learn when a rank is lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from accelerator import Accelerator
+from fresh_process import FreshProcesses
+from rank_pool import RankPool
+from strategies import DDP, LaunchError, PeerLostError, World
+from strategies.process_group import Placement, read_environment
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM_JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+SLURM_STEP = SLURM_JOB | {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_PROCID": "6",
+    "SLURM_LOCALID": "2",
+    "SLURM_NODEID": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Placement()),
+        (TORCHRUN, Placement(rank=5, size=8, local_rank=1, local_size=4, launcher="torchrun")),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2"},
+            Placement(rank=1, size=2, local_rank=1, local_size=2, launcher="torchrun"),
+        ),
+        (SLURM_STEP, Placement(rank=6, size=8, local_rank=2, local_size=4, launcher="slurm")),
+        (SLURM_STEP | TORCHRUN, Placement(rank=5, size=8, local_rank=1, local_size=4, launcher="torchrun")),
+        (SLURM_JOB, Placement()),  # a batch script: one process, whatever the job may start
+        (SLURM_JOB | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"}, Placement()),  # interactive
+    ],
+)
+def test_placement_from_the_environment(environ: dict[str, str], expected: Placement) -> None:
+    assert read_environment(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "local", "expected"), [("3,1", 0, 2, 3), ("3,1", 1, 0, 1), ("2(x3),4", 3, 3, 4), ("8", 0, 7, 8)]
+)
+def test_processes_on_a_slurm_node(tasks: str, node: int, local: int, expected: int) -> None:
+    step = {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node), "SLURM_LOCALID": str(local)}
+    assert read_environment(SLURM_STEP | step).local_size == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'; expected an integer"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK is ''; expected an integer"),
+        ({"RANK": "0", "WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0'; expected an integer"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "rank -1 of 2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "rank 0 of 0"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "local rank 4 of 4"),
+        (SLURM_STEP | {"SLURM_LOCALID": "4"}, "local rank 4 of 4"),
+        (SLURM_STEP | {"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is 'many'; expected an integer"),
+    ],
+)
+def test_broken_variables_are_refused(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(LaunchError, match=re.escape(message)):
+        read_environment(environ)
+
+
+def test_a_missing_address_is_named(ranks: RankPool) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        error = ranks(setup, nproc=1, env={name: None}, return_exceptions=True)[0]
+        assert isinstance(error, LaunchError)
+        assert f"{name} is not" in str(error)
+
+
+def setup() -> World:
+    return DDP(device="cpu").setup()
+
+
+def test_ranks_know_their_places(ranks: RankPool) -> None:
+    worlds = ranks(setup, nproc=3)
+    assert [(world.rank, world.local_rank, world.size, world.local_size) for world in worlds] == [
+        (rank, rank, 3, 3) for rank in range(3)
+    ]
+
+
+def test_slurm_places_ranks(ranks: RankPool) -> None:
+    worlds = ranks(setup_under_slurm, free_port())
+    assert [(world.rank, world.size, world.local_size) for world in worlds] == [(0, 2, 2), (1, 2, 2)]
+
+
+def setup_under_slurm(port: int) -> World:
+    rank = os.environ.pop("RANK")
+    del os.environ["WORLD_SIZE"]
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
+    os.environ.update(step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_PORT": str(port)})
+    return setup()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def test_a_group_joined_before_is_found_and_left_alone(ranks: RankPool) -> None:
+    assert ranks(join_twice) == [(True, False, True)] * 2
+
+
+def join_twice() -> tuple[bool, bool, bool]:
+    strategy = DDP(device="cpu")
+    first, second = strategy.setup(), strategy.setup()
+    strategy.teardown(second)
+    still_there = dist.is_initialized()
+    strategy.teardown(first)
+    return first.owns_process_group, second.owns_process_group, still_there and not dist.is_initialized()
+
+
+LOST = """
+import os, signal, sys, time
+import torch
+from accelerator import Accelerator
+accelerator = Accelerator(strategy="ddp")
+accelerator.wait_for_everyone()
+if accelerator.process_index == int(sys.argv[1]):
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    accelerator.gather(torch.ones(3))
+except Exception as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+    os._exit(7)
+"""
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_killed_in_a_collective_is_named_within_seconds(fresh: FreshProcesses, lost: int) -> None:
+    own_store = {"TORCHELASTIC_USE_AGENT_STORE": None, "MASTER_PORT": str(free_port())}  # rank 0's, not an agent's
+    finished = fresh(LOST, str(lost), nproc=2, env=own_store)
+    assert finished[lost].returncode == -signal.SIGKILL
+    waiting = finished[1 - lost]
+    assert waiting.returncode == 7
+    assert waiting.seconds - finished[lost].seconds < 6
+    assert waiting.stdout.startswith(f"PeerLostError: rank {1 - lost}")
+    assert f"rank {lost}" in waiting.stdout.partition(":")[2].partition(":")[2]
+
+
+def go_or_gather(fate: str, lost: int) -> float:
+    accelerator = Accelerator(strategy="ddp")
+    accelerator.wait_for_everyone()
+    if accelerator.process_index == lost:
+        if fate == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fate == "leaves":
+            accelerator.end_training()
+            time.sleep(5)
+        if fate == "ends":
+            os._exit(0)
+        raise ValueError("in the user's own code")
+    start = time.monotonic()
+    with pytest.raises(PeerLostError, match=f"cannot end: rank {lost} left"):
+        accelerator.gather(torch.ones(3))
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize(("fate", "nproc"), [("leaves", 2), ("ends", 2), ("raises", 2), ("dies", 3)])
+def test_a_rank_that_is_gone_is_named_and_no_other(ranks: RankPool, fate: str, nproc: int) -> None:
+    results = ranks(go_or_gather, fate, 1, nproc=nproc, return_exceptions=True)
+    for seconds in results[:1] + results[2:]:
+        assert isinstance(seconds, float), seconds
+        assert seconds < 6
+
+
+DATASET = """
+import sys, torch
+from torch.utils.data import DataLoader, Dataset
+from accelerator import Accelerator
+class Numbers(Dataset):
+    def __len__(self): return 16
+    def __getitem__(self, index):
+        if index == 9: raise ValueError("sample 9 is broken")
+        return torch.tensor([float(index)])
+if __name__ == "__main__":
+    accelerator = Accelerator(strategy="ddp")
+    model = torch.nn.Linear(1, 1)
+    loader = DataLoader(Numbers(), batch_size=2, num_workers=int(sys.argv[1]))
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    try:
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch).mean())
+                optimizer.step()
+                optimizer.zero_grad()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("num_workers", [0])
+def test_an_exception_in_the_dataset_of_one_rank_is_told_to_the_others(fresh: FreshProcesses, num_workers: int) -> None:
+    failing, waiting = fresh(DATASET, str(num_workers), nproc=2)  # sample 9 is in rank 0's third batch
+    assert failing.stdout.startswith("ValueError: ")
+    assert "sample 9 is broken" in failing.stdout
+    assert waiting.stdout.startswith("PeerLostError: rank 1 waited in a collective that cannot end: rank 0 raised ")
+    assert "ValueError" in waiting.stdout
+    assert "sample 9 is broken" in waiting.stdout
+    assert waiting.seconds - failing.seconds < 6
+    assert (failing.returncode, waiting.returncode) == (3, 3)
