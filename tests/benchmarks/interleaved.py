@@ -1,0 +1,46 @@
+"""Time several ways of doing the same thing in turn, and compare them round by round."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def ratios(
+    arms: Mapping[str, Callable[[], None]],
+    *,
+    baseline: str,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, tuple[float, float, float]]:
+    """Median, lower and upper quartile of each arm's time over the baseline's, taken within each round.
+
+    Every arm runs once before anything counts. Garbage is collected between runs and not during them. The
+    order of arms is turned round from round to round, so that none always follows the same one.
+    """
+    for run in arms.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    for index in range(rounds):
+        for name in names if index % 2 == 0 else reversed(names):
+            gc.collect()
+            gc.disable()
+            start = clock()
+            arms[name]()
+            times[name].append(clock() - start)
+            gc.enable()
+    result = {}
+    for name in names:
+        if name == baseline:
+            continue
+        of_rounds = [one / base for one, base in zip(times[name], times[baseline], strict=True)]
+        lower, median, upper = statistics.quantiles(of_rounds, n=4)
+        result[name] = (median, lower, upper)
+    seconds = statistics.median(times[baseline])
+    print(f"  {baseline}: {seconds * 1e3:.1f} ms a run, {rounds} rounds")
+    for name, (median, lower, upper) in result.items():
+        print(f"  {name} / {baseline}: {median:.3f}  (quartiles {lower:.3f} to {upper:.3f})")
+    return result
