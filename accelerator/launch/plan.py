@@ -68,7 +68,11 @@ def make_plan(
         rdzv_conf=conf,
         local_addr=settings.local_addr,
         command=(WORKER, "module" if request.is_module else "script", request.target, *request.arguments),
-        environment=_environment(request, settings.num_cpu_threads, nproc, environ, directory, cores),
+        environment={
+            **_store_variables(may_restart=settings.max_restarts > 0 or min_nodes < max_nodes),
+            **_thread_variables(settings.num_cpu_threads, nproc, environ, cores),
+            FLAGS_VARIABLE: json.dumps(_flags(request, directory)),
+        },
     )
 
 
@@ -97,24 +101,26 @@ def _meeting_point(resolved: Resolved, max_nodes: int, conf: dict[str, str]) -> 
     return "localhost:0", settings.rdzv_id or uuid.uuid4().hex
 
 
-def _environment(
-    request: Request,
-    num_cpu_threads: int | None,
-    nproc: int,
-    environ: Mapping[str, str],
-    directory: Path,
-    cores: int,
-) -> dict[str, str]:
-    # With a shared store, restarted workers find the addresses of the dead ones in it (pytorch#135712).
-    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    if num_cpu_threads is not None:
-        variables["OMP_NUM_THREADS"] = str(num_cpu_threads)
-    elif "OMP_NUM_THREADS" not in environ:
-        variables["OMP_NUM_THREADS"] = str(max(1, cores // nproc))
-    flags = dict(request.flags)
-    for name in {"config", "project_dir"} & flags.keys():  # the script may change its directory
-        flags[name] = str(directory / flags[name])
-    return {**variables, FLAGS_VARIABLE: json.dumps(flags)}
+def _store_variables(*, may_restart: bool) -> dict[str, str]:
+    """How the processes meet: in the agent's store, or in one of their own for each attempt.
+
+    After a restart, the agent's store still holds the addresses of the dead processes (pytorch#135712), so a job
+    that may restart must not use it. A job that cannot is better off with it: a store of its own would listen on
+    a port that was free when the agent looked, seconds before.
+    """
+    return {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if may_restart else {}
+
+
+def _thread_variables(asked: int | None, nproc: int, environ: Mapping[str, str], cores: int) -> dict[str, str]:
+    if asked is None and "OMP_NUM_THREADS" in environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(asked or max(1, cores // nproc))}
+
+
+def _flags(request: Request, directory: Path) -> dict[str, str]:
+    """The flags for the processes, which may be in another directory by the time they read them."""
+    paths = {"config", "project_dir"} & request.flags.keys()
+    return {**request.flags, **{name: str(directory / request.flags[name]) for name in paths}}
 
 
 def check_target(request: Request, directory: Path) -> None:

@@ -49,7 +49,13 @@ def test_one_node_meets_on_a_port_that_the_system_chooses(folder: Path) -> None:
     one, two = plan(folder, "t.py"), plan(folder, "t.py")
     assert (one.rdzv_backend, one.rdzv_endpoint) == ("c10d", "localhost:0")
     assert one.rdzv_id != two.rdzv_id
-    assert one.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+def test_a_job_that_may_restart_does_not_meet_in_the_store_of_the_attempt_before(folder: Path) -> None:
+    unshared = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    assert unshared not in plan(folder, "t.py").environment
+    assert plan(folder, "--max-restarts", "1", "t.py").environment[unshared] == "1"
+    assert plan(folder, "--nnodes", "1:2", "--rdzv-endpoint", "host:1", "t.py").environment[unshared] == "1"
 
 
 def test_several_nodes(folder: Path) -> None:
