@@ -215,13 +215,26 @@ def _store(placement: Placement, timeout: timedelta) -> dist.Store:
         return dist.HashStore()
     if placement.launcher == "slurm":
         host, port = _slurm_address(os.environ)
-        return dist.TCPStore(host, port, placement.size, is_master=placement.rank == 0, timeout=timeout)
+        store = dist.TCPStore(host, port, placement.size, is_master=placement.rank == 0, timeout=timeout)
+        return _own_part(store, placement)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise LaunchError(f"WORLD_SIZE is set but {name} is not. Start the script with `accelerator launch`.")
     # torch's own handler knows when the agent hosts the store (TORCHELASTIC_USE_AGENT_STORE)
     store, _, _ = next(iter(dist.rendezvous("env://", placement.rank, placement.size, timeout=timeout)))
-    return cast(dist.Store, store)
+    return _own_part(cast(dist.Store, store), placement)
+
+
+def _own_part(store: dist.Store, placement: Placement) -> dist.Store:
+    """A part of the store that no earlier process group used, whose dead addresses gloo would try to reach.
+
+    Groups of one process are told apart by counting. Attempts of an elastic job are told apart by the restart
+    count, on one node only: with several, a node that joined late has another count than the others.
+    """
+    single_node = placement.size == placement.local_size
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if single_node else "0"
+    group = store.add(f"accelerator/groups/{attempt}/{placement.rank}", 1)
+    return dist.PrefixStore(f"accelerator/{attempt}/{group}", store)
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

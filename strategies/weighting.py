@@ -26,9 +26,10 @@ class Weighting:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        # Mean explicit weight of a micro-batch in the last window that had any: a guess that keeps gradients
-        # near their true size until the true sum is known. The same on all ranks, as the reference must be.
-        self._unit: float | Tensor = 1.0
+        # Mean explicit weight of a micro-batch, from the last window that had any (in the first one, from its
+        # first micro-batch: one all-reduce). It keeps gradients near their true size until the true sum is known,
+        # so that float16 does not overflow; it is the same on all ranks, as the reference must be.
+        self._unit: float | Tensor | None = None
         self._num_parts = 1
         self._reference: float | Tensor = 1.0
         self._deferred = False
@@ -87,19 +88,24 @@ class Weighting:
             if self._sum == 0:
                 return 0.0
             correction = float(self._reference) / self._sum
-            self._unit = self._sum / self._num_parts if self._explicit else self._unit
+            if self._explicit:
+                self._unit = self._sum / self._num_parts
             return correction
         total = collectives.sum_scalar(self._sum, self._world)
         some = total > 0
         if self._explicit:
-            self._unit = torch.where(some, total / self._num_parts, torch.ones_like(total))
+            before = 1.0 if self._unit is None else self._unit
+            self._unit = torch.where(some, total / self._num_parts, before)
         scaled = self._reference / total.clamp(min=torch.finfo(total.dtype).tiny)
-        return torch.where(some, scaled, torch.zeros_like(total)).float()
+        return torch.where(some, scaled, torch.zeros_like(total))
 
     def _given(self, weight: float | Tensor, cursor: Cursor | None, again: bool) -> float | Tensor:
         if self._explicit is None:
             self._deferred = self._num_parts > 1
-            self._reference = self._unit * self._num_parts
+            if self._unit is None and self._deferred:
+                first = float(collectives.sum_scalar(weight, self._world)) / self._world.size
+                self._unit = first if first > 0 else None
+            self._reference = (1.0 if self._unit is None else self._unit) * self._num_parts
         if cursor is not None and cursor.is_ghost:
             weight = 0.0
         if not self._deferred:  # alone in its window: a mean over itself, whatever it counts

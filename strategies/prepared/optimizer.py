@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -26,10 +27,19 @@ class _GatedStep:
     hooked = True  # tells Optimizer.__setstate__ not to wrap it: the user's own step has its profiling hook
 
     def __get__(self, view: Any, owner: type | None = None) -> Any:
-        return self if view is None else view._link.step
+        return self if view is None else MethodType(_gated_step, view)
 
     def __set__(self, view: Any, step: Callable[..., Any]) -> None:
         view._link.original.step = step
+
+
+def _gated_step(view: Any, closure: Callable[[], Any] | None = None) -> Any:
+    return view._link.step(closure)
+
+
+# Tells a scheduler that is built from the view not to put its own wrapper over the gate: the wrapper only
+# sets `_opt_called`, which `OptimizerLink` does too.
+_gated_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 class PreparedOptimizer(View):
@@ -101,8 +111,7 @@ class OptimizerLink:
                 return None
         else:
             self.original.step()
-        self.num_steps += 1
-        self.last_call, accumulation.step_was_skipped = "taken", False
+        self._note_step()
         if current is None:
             accumulation.strategy.mark_step(accumulation.world)
         return None
@@ -143,6 +152,12 @@ class OptimizerLink:
             )
         return live
 
+    def _note_step(self) -> None:
+        self.num_steps += 1
+        self.last_call = "taken"
+        self.accumulation.step_was_skipped = False
+        self.original._opt_called = True  # type: ignore[attr-defined]  # schedulers of torch look for it
+
     def _repoint(self) -> None:
         """Put the live parameters where the optimizer holds the ones from before wrapping, with their state."""
         state = self.original.state
@@ -170,8 +185,7 @@ class OptimizerLink:
         loss = self.original.step(closure)
         if window is not None:
             window.stepped.add(self)
-        self.num_steps += 1
-        self.last_call, accumulation.step_was_skipped = "taken", False
+        self._note_step()
         return loss
 
     def _refuse_foreign_gradients(self) -> None:
