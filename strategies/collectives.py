@@ -137,7 +137,8 @@ def pad_across_processes(
 def sum_scalar(value: float | Tensor, world: World) -> Tensor:
     """The sum of a number over ranks: a float64 scalar (float32 where the device has no float64) on the device."""
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
-    total = torch.as_tensor(value).detach().to(device=world.device, dtype=dtype, copy=True)
+    held = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+    total = held.to(device=world.device, dtype=dtype, copy=True)
     if world.size > 1:
         with named_failures(world):
             dist.all_reduce(total)

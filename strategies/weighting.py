@@ -26,12 +26,12 @@ class Weighting:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        # Mean explicit weight of a micro-batch, from the last window that had any (in the first one, from its
-        # first micro-batch: one all-reduce). It keeps gradients near their true size until the true sum is known,
+        # Mean explicit weight of a micro-batch, from the last window that had any (in the first one, from the
+        # first that weighs anything: one all-reduce). It keeps gradients near their true size until the true sum is known,
         # so that float16 does not overflow; it is the same on all ranks, as the reference must be.
         self._unit: float | Tensor | None = None
         self._num_parts = 1
-        self._reference: float | Tensor = 1.0
+        self._reference: float | Tensor | None = 1.0
         self._deferred = False
         self._explicit: bool | None = None
         self._sum: float | Tensor = 0.0
@@ -74,6 +74,8 @@ class Weighting:
         if not again:
             self._sum = self._sum + known
             self._last = known
+        if self._reference is None:  # nothing has weighed anything yet, on any rank
+            return 0.0
         return known * self._world.size / self._reference
 
     def correction(self) -> float | Tensor | None:
@@ -85,36 +87,41 @@ class Weighting:
         if not self._deferred:
             return None
         if self._world.size == 1 and not isinstance(self._sum, Tensor):
-            if self._sum == 0:
+            if self._sum == 0 or self._reference is None:
                 return 0.0
             correction = float(self._reference) / self._sum
             if self._explicit:
                 self._unit = self._sum / self._num_parts
             return correction
+        if self._reference is None:
+            return 0.0
         total = collectives.sum_scalar(self._sum, self._world)
         some = total > 0
-        if self._explicit:
-            before = 1.0 if self._unit is None else self._unit
-            self._unit = torch.where(some, total / self._num_parts, before)
+        if self._explicit and self._unit is not None:
+            self._unit = torch.where(some, total / self._num_parts, self._unit)
         scaled = self._reference / total.clamp(min=torch.finfo(total.dtype).tiny)
         return torch.where(some, scaled, torch.zeros_like(total))
 
     def _given(self, weight: float | Tensor, cursor: Cursor | None, again: bool) -> float | Tensor:
-        if self._explicit is None:
-            self._deferred = self._num_parts > 1
-            if self._unit is None and self._deferred:
-                first = float(collectives.sum_scalar(weight, self._world)) / self._world.size
-                self._unit = first if first > 0 else None
-            self._reference = (1.0 if self._unit is None else self._unit) * self._num_parts
+        """An explicit weight as it counts here, with a reference for it."""
         if cursor is not None and cursor.is_ghost:
             weight = 0.0
-        if not self._deferred:  # alone in its window: a mean over itself, whatever it counts
-            return self._reference
+        if self._explicit is None:
+            self._deferred = self._num_parts > 1
+            self._reference = None if self._unit is None else self._unit * self._num_parts
         if again and isinstance(weight, float) and weight != self._last:
             raise StepError(
                 f"backward() got weight={weight} after weight={self._last} in the same micro-batch. The losses of one "
                 "micro-batch share its weight: add them up, or put each in an accumulate() of its own."
             )
+        if not self._deferred:  # alone in its window: a mean over itself, whatever it counts
+            self._reference = 1.0
+            return float(weight > 0) if isinstance(weight, float) else (weight > 0).to(weight)
+        if self._reference is None:
+            mean = float(collectives.sum_scalar(weight, self._world)) / self._world.size
+            if mean > 0:
+                self._unit = mean
+                self._reference = mean * self._num_parts
         return weight
 
 

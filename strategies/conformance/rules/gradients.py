@@ -11,7 +11,7 @@ from ..loop import Loop, Step, weights_of
 from ..oracle import LEARNING_RATE, Net, Samples, Weights, compare, gradient_of, mean_loss, net_with, norm_of
 from ..rule import Broken, rule
 
-BATCH_SIZE = 2  # of each rank
+BATCH_SIZE = 3  # of each rank: a short batch of 2, padded by repeating a sample, has another mean
 STEPS = 3  # micro-batches in a full window
 
 
