@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from accelerator.config import NOT_GIVEN, LaunchSettings, Resolved, Settings, resolve_settings
 from accelerator.config import given as only_given
+from accelerator.config.layers import flag_of, variable_of
+from accelerator.config.settings import catalogue
 from fresh_process import FreshProcesses
 from strategies.base import Strategy
 from strategies.errors import ConfigurationError
@@ -365,3 +367,12 @@ def test_importing_configuration_is_cheap(fresh: FreshProcesses) -> None:
         "import sys, accelerator.config\nprint('pydantic' in sys.modules, 'rich' in sys.modules)", nproc=1
     )
     assert finished.stdout.split() == ["False", "False"]
+
+
+def test_the_reference_page_lists_every_setting_with_its_flag_variable_default_and_meaning() -> None:
+    page = Path(__file__).parents[2].joinpath("docs/reference/configuration.md").read_text(encoding="utf-8")
+    shown = {"None": "none", "False": "false", "": '""'}
+    for name, (item, _) in catalogue().items():
+        default = shown.get(str(item.default), str(item.default))
+        row = [name.rpartition(".")[2], flag_of(name), variable_of(name), default]
+        assert "| " + " | ".join(f"`{cell}`" for cell in row) + f" | {item.metadata['help']} |\n" in page
