@@ -30,7 +30,7 @@ class Plan:
     rdzv_backend: str
     rdzv_endpoint: str
     rdzv_id: str
-    rdzv_conf: Mapping[str, str]
+    rdzv_conf: Mapping[str, str | int]
     local_addr: str | None
     command: tuple[str, ...]
     environment: Mapping[str, str]
@@ -55,7 +55,9 @@ def make_plan(
         )
     check_target(request, directory)
     nproc = settings.nproc_per_node or max(1, count_devices())
-    conf = dict(pair.split("=", 1) for pair in settings.rdzv_conf.split(",") if pair)
+    conf: dict[str, str | int] = {
+        key: value for key, _, value in (pair.partition("=") for pair in settings.rdzv_conf.split(",") if pair)
+    }
     endpoint, job = _meeting_point(resolved, max_nodes, conf)
     return Plan(
         nproc_per_node=nproc,
@@ -76,7 +78,7 @@ def make_plan(
     )
 
 
-def _meeting_point(resolved: Resolved, max_nodes: int, conf: dict[str, str]) -> tuple[str, str]:
+def _meeting_point(resolved: Resolved, max_nodes: int, conf: dict[str, str | int]) -> tuple[str, str]:
     """Endpoint and id of the rendezvous. Adds to `conf` what the rank of this node implies."""
     settings, origins = resolved.settings.launch, resolved.origins
     if settings.rdzv_backend == "static":
@@ -86,7 +88,12 @@ def _meeting_point(resolved: Resolved, max_nodes: int, conf: dict[str, str]) -> 
                 f"'static' ({origins['launch.rdzv_backend']}); expected 'c10d' with restarts: a static rendezvous "
                 "hands restarted processes the addresses of the dead ones. Leave rdzv_backend out."
             )
-        conf.setdefault("rank", str(settings.node_rank or 0))
+        if settings.node_rank is None and max_nodes > 1:
+            raise LaunchError(
+                f"node_rank is not set, and rdzv_backend is 'static' ({origins['launch.rdzv_backend']}); expected "
+                "--node-rank 0 on one node, 1 on the next, and so on."
+            )
+        conf["rank"] = settings.node_rank or 0  # torch compares it with the number 0
     elif settings.node_rank is not None and max_nodes > 1:
         conf.setdefault("is_host", "1" if settings.node_rank == 0 else "0")
     if settings.rdzv_endpoint:

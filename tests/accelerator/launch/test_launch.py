@@ -255,7 +255,8 @@ def test_a_restart_after_a_kill_runs_to_the_end(launch: Launcher) -> None:
     assert [(launch.folder / f"{rank}.done").read_text() for rank in range(2)] == ["4.0", "4.0"]
 
 
-def test_two_jobs_and_two_nodes_on_one_machine(launch: Launcher, free_port: int) -> None:
+@pytest.mark.parametrize("backend", ["c10d", "static"])
+def test_two_jobs_and_two_nodes_on_one_machine(launch: Launcher, free_port: int, backend: str) -> None:
     launch.script(
         ALL_REDUCE
         + """
@@ -264,7 +265,7 @@ def test_two_jobs_and_two_nodes_on_one_machine(launch: Launcher, free_port: int)
     dist.destroy_process_group()
     """
     )
-    nodes = ["--nnodes", "2", "--rdzv-endpoint", f"localhost:{free_port}", "train.py"]
+    nodes = ["--nnodes", "2", "--rdzv-backend", backend, "--rdzv-endpoint", f"localhost:{free_port}", "train.py"]
     jobs = [
         launch.start("--nproc-per-node", "1", "train.py"),
         launch.start("--node-rank", "0", *nodes),

@@ -66,7 +66,7 @@ def test_several_nodes(folder: Path) -> None:
     assert plan(folder, *words, "--node-rank", "0", "t.py").rdzv_conf["is_host"] == "1"
     assert "is_host" not in plan(folder, *words, "t.py").rdzv_conf
     static = plan(folder, *words, "--node-rank", "1", "--rdzv-backend", "static", "t.py")
-    assert static.rdzv_conf["rank"] == "1"
+    assert static.rdzv_conf["rank"] == 1
 
 
 def test_flags_reach_the_processes_with_absolute_paths(folder: Path) -> None:
@@ -86,6 +86,10 @@ def test_the_command_ends_with_the_script_and_its_arguments(folder: Path) -> Non
     [
         (["--nnodes", "3:2", "t.py"], "nnodes is '3:2' (--nnodes); expected MIN:MAX with MIN <= MAX."),
         (["--nnodes", "2", "t.py"], "rdzv_endpoint is not set, nnodes is '2' (--nnodes) and rdzv_backend is 'c10d'; e"),
+        (
+            ["--nnodes", "2", "--rdzv-backend", "static", "--rdzv-endpoint", "host:1", "t.py"],
+            "node_rank is not set, and rdzv_backend is 'static' (--rdzv-backend); expected --node-rank 0 on one node, ",
+        ),
         (["gone.py"], "script is 'gone.py', and "),
         (["-m", "pkg.gone"], "module is 'pkg.gone', and 'gone' is not found; expected the name of a module that is "),
         (["-m", "gone.train"], "module is 'gone.train', and 'gone' is not found; expected the name of a module that "),
