@@ -19,7 +19,7 @@ PYTEST := -m pytest --ignore=tests/xla --ignore=tests/gpu --ignore=tests/benchma
 .PHONY: demo test test-xla check bench docs clean
 
 demo: $(DEV)
-	$(VENV)/bin/python examples/train_digits.py --demo
+	$(VENV)/bin/python examples/demo.py
 
 test: $(DEV)
 	$(VENV)/bin/python $(PYTEST) tests

@@ -1,0 +1,133 @@
+"""Every example runs as its reader would run it, and prints what its docstring says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = EXAMPLES.parent
+
+
+def run(script: Path, *arguments: str, nproc: int = 1) -> str:
+    """What `script` prints on `nproc` processes of one thread each."""
+    launch = ["-m", "accelerator", "launch", "--nproc-per-node", str(nproc)] if nproc > 1 else []
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    finished = subprocess.run(
+        [sys.executable, *launch, str(script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+def run_example(name: str, nproc: int) -> str:
+    return run(EXAMPLES / f"{name}.py", nproc=nproc)
+
+
+@pytest.fixture
+def digits(tmp_path: Path):  # type: ignore[no-untyped-def]  # a function with a default
+    """Run a digits script for two epochs; its losses and its accuracy."""
+
+    def losses(name: str, *, nproc: int = 1, shuffle: bool = True) -> tuple[list[float], float]:
+        text = (EXAMPLES / f"{name}.py").read_text().replace("NUM_EPOCHS = 10", "NUM_EPOCHS = 2")
+        script, curve = tmp_path / f"{name}.py", tmp_path / f"{name}_{nproc}.json"
+        script.write_text(text if shuffle else text.replace("shuffle=True", "shuffle=False"))
+        output = run(script, "--curve", str(curve), nproc=nproc)
+        assert len(re.findall(r"^epoch \d+  loss", output, re.MULTILINE)) == 2  # on the main process only
+        result = json.loads(curve.read_text())
+        return result["losses"], result["accuracy"]
+
+    return losses
+
+
+def test_examples_are_short_and_say_what_they_print() -> None:
+    for script in EXAMPLES.glob("*.py"):
+        text = script.read_text()
+        assert len(text.splitlines()) < 100, script.name
+        assert "xpected output" in text.split('"""')[1], script.name
+
+
+def test_plain_and_prepared_loop_agree_to_the_last_bit(digits) -> None:  # type: ignore[no-untyped-def]
+    # Shuffled, the two take the samples in different orders: the prepared one does not draw from torch's generator.
+    plain, plain_accuracy = digits("plain_loop", shuffle=False)
+    prepared, accuracy = digits("train_digits", shuffle=False)
+    assert len(plain) == 46
+    assert (plain, plain_accuracy) == (prepared, accuracy)
+
+
+def test_one_and_two_processes_agree(digits) -> None:  # type: ignore[no-untyped-def]
+    one, accuracy_one = digits("train_digits")
+    two, accuracy_two = digits("train_digits", nproc=2)
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
+    assert accuracy_one == pytest.approx(accuracy_two, abs=1 / 360)
+    assert accuracy_one > 0.93
+
+
+def test_the_diff_is_five_lines_of_training_and_five_of_reporting() -> None:
+    plain, prepared = (
+        {line.strip() for line in (EXAMPLES / f"{name}.py").read_text().split('"""', 2)[2].splitlines()}
+        for name in ("plain_loop", "train_digits")
+    )
+    changed = [line for line in prepared - plain if "ccelerator" in line]
+    assert len(changed) == 10
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_accumulate_gradients(nproc: int) -> None:
+    output = run_example("accumulate_gradients", nproc)
+    steps = re.findall(r"step (\d): +(\d+) samples, gradient \[(.*?)\], of one big batch \[(.*?)\]", output)
+    assert [(step, samples) for step, samples, *_ in steps] == [("1", "16"), ("2", "6")]
+    for *_, ours, truth in steps:
+        numbers = [[float(number) for number in row.split(",")] for row in (ours, truth)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=1.01e-4)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_weigh_by_tokens(nproc: int) -> None:
+    output = run_example("weigh_by_tokens", nproc)
+    weighted, unweighted = (float(number) for number in re.findall(r"([\d.]+) %", output))
+    assert weighted == 0.0
+    assert unweighted > 100
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_train_a_gan(nproc: int) -> None:
+    output = run_example("train_a_gan", nproc)
+    assert "steps G 960  D 960" in output
+    before, after = re.findall(r"ring: ([\d.]+) before, ([\d.]+) after", output)[0]
+    assert float(after) < float(before) / 3
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_mixed_precision(nproc: int) -> None:
+    output = run_example("mixed_precision", nproc)
+    rows = re.findall(r"^(\w+) +outputs (\w+) +(\d+) .* (\d+) skipped, scheduler at (\d+)", output, re.MULTILINE)
+    assert [row[:2] for row in rows] == [("no", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")]
+    assert all(int(taken) + int(skipped) == 50 and taken == scheduled for _, _, taken, skipped, scheduled in rows)
+    assert [int(skipped) > 0 for *_, skipped, _ in rows] == [False, False, True]
+
+
+@pytest.mark.parametrize("nproc", [1, 3])
+def test_evaluate_exactly(nproc: int) -> None:
+    output = run_example("evaluate_exactly", nproc)
+    assert f"{nproc} processes" in output
+    assert f"gathered {list(range(11))}" in output
+    assert "right 7 of 11" in output
+
+
+def test_early_stopping() -> None:
+    output = run_example("early_stopping", 2)
+    step = re.findall(r"rank 1 is content after step (\d+)", output)
+    assert len(step) == 1
+    assert f"rank 0 of 2 stopped after step {step[0]}\n" in output
+    assert f"rank 1 of 2 stopped after step {step[0]}\n" in output
