@@ -27,8 +27,8 @@ class Weighting:
     def __init__(self, world: World) -> None:
         self._world = world
         # Mean explicit weight of a micro-batch, from the last window that had any (in the first one, from the
-        # first that weighs anything: one all-reduce). It keeps gradients near their true size until the true sum is known,
-        # so that float16 does not overflow; it is the same on all ranks, as the reference must be.
+        # first that weighs anything: one all-reduce). It keeps gradients near their true size until the true sum is
+        # known, so that float16 does not overflow; it is the same on all ranks, as the reference must be.
         self._unit: float | Tensor | None = None
         self._num_parts = 1
         self._reference: float | Tensor | None = 1.0

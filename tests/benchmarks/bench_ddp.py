@@ -6,6 +6,8 @@ Run: python tests/benchmarks/bench_ddp.py
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 import time
@@ -102,9 +104,8 @@ def worker() -> None:
         "Accelerate": with_accumulate(accelerate.Accelerator(cpu=True, gradient_accumulation_steps=STEPS)),
         "Fabric": with_fabric(),
     }
-    if dist.get_rank() > 0:
-        sys.stdout = open("/dev/null", "w")
-    ratios({name: _together(run) for name, run in arms.items()}, baseline="by hand", rounds=21)
+    with contextlib.redirect_stdout(io.StringIO() if dist.get_rank() > 0 else sys.stdout):
+        ratios({name: _together(run) for name, run in arms.items()}, baseline="by hand", rounds=21)
 
 
 def _together(run: Callable[[], None]) -> Callable[[], None]:

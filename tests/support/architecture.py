@@ -24,8 +24,12 @@ MAX_LINES_OF_FUNCTION = 60
 TOP_LEVEL = frozenset({"pyproject.toml", "constraints.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}) | {
     *("accelerator", "strategies", "tests", "examples", "docs")
 }
-# Which rooms of `accelerator` may import which others. The command line ties rooms together; no other does.
-ROOMS_MAY_IMPORT: Mapping[str, frozenset[str]] = {"cli": frozenset({"launch", "config"})}
+# Which rooms of `accelerator` may import which others. The command line ties rooms together; a launcher starts
+# what the configuration says.
+ROOMS_MAY_IMPORT: Mapping[str, frozenset[str]] = {
+    "cli": frozenset({"launch", "config"}),
+    "launch": frozenset({"config"}),
+}
 
 CONTAINERS = frozenset({
     "dict", "list", "set", "bytearray", "deque", "defaultdict", "Counter", "OrderedDict", "WeakKeyDictionary", "WeakSet"

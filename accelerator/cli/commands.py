@@ -1,0 +1,40 @@
+"""The `accelerator` command: one subcommand per task, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from accelerator.config.values import nearest
+from strategies.errors import AcceleratorError
+
+from .conformance import main as conformance
+from .launch import main as launch
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"launch": launch, "conformance": conformance}
+USAGE = """usage: accelerator COMMAND ...
+
+  launch        start a training script in several processes
+  conformance   check a strategy against the contract
+
+accelerator COMMAND --help tells more."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name) and return its exit code: 2 if it was wrong."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if words else 2
+    name, *rest = words
+    if name not in COMMANDS:
+        print(
+            f"accelerator: {name!r} is not a command; expected {' or '.join(COMMANDS)}.{nearest(name, COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return COMMANDS[name](rest)
+    except AcceleratorError as error:
+        print(f"accelerator {name}: {error}", file=sys.stderr)
+        return 2
