@@ -115,7 +115,7 @@ def _advice(factor: float, is_multiple: bool, num_ranks: int) -> str:
             "Nothing reached the optimizer: unwrap() must return the module whose parameters forward and backward use."
         )
     if num_ranks > 1 and abs(factor - num_ranks) < 1e-3 * num_ranks:
-        return "It is summed over ranks: reduce_gradients must average, so divide by world.size."
+        return "It is summed over ranks, or averaged over fewer than all: divide the sum by world.size."
     if num_ranks > 1 and abs(factor * num_ranks - 1) < 1e-3:
         return "It is divided by the number of ranks twice: average once, in backward or in reduce_gradients."
     return "Nothing but the mean over ranks may scale gradients: the loop has weighted each micro-batch already."

@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from .. import registry
 from ..base import Strategy
-from ..errors import ConformanceError
+from ..errors import ConformanceError, LaunchError
 from .catalogue import find_rule, run_rule
 from .rule import Broken, RuleNotRun
 
@@ -103,7 +103,8 @@ class Processes:
 
         `strategy` is an instance whose class can be imported, or a name as in a configuration, built with its
         defaults. Raises `ConformanceError` with the message of the rank that found it if the rule is broken or a
-        rank hung or died, `RuleNotRun` if the rule needs more processes, `ConfigurationError` for unknown names.
+        rank hung or died, `RuleNotRun` if the rule needs more processes, `ConfigurationError` for unknown names,
+        `LaunchError` if processes cannot be started.
         """
         if self.num_processes < find_rule(rule).min_processes:
             raise RuleNotRun(f"needs {find_rule(rule).min_processes} processes, and there is {self.num_processes}")
@@ -144,7 +145,7 @@ class Processes:
             except EOFError:
                 pass
             self._kill()
-            raise ConformanceError(
+            raise LaunchError(
                 f"process {rank} of {self.num_processes} did not start. A script that runs the kit needs "
                 '`if __name__ == "__main__":` around it, because new processes import the script.'
             )
@@ -257,13 +258,13 @@ def _judge(task: _Task) -> Verdict:
 
 
 def _worst(verdicts: list[Verdict], rule: str) -> str:
-    """The message that tells most: a broken rule before an exception, before a death or a hang; then the earliest."""
-    order = ("broken", "raised", "died", "hung")
+    """The message that tells most: a broken rule, a death, an exception, a hang; then the earliest."""
+    order = ("broken", "died", "raised", "hung")  # what the other ranks raise follows from a death
     bad = [verdict for verdict in verdicts if verdict.kind in order]
     worst = min(bad, key=lambda verdict: (order.index(verdict.kind), verdict.at))
     if worst.kind in ("broken", "raised"):
         return worst.text
-    told = "; ".join(verdict.text for verdict in bad)
+    told = "; ".join(verdict.text for verdict in bad if verdict.kind in ("died", "hung"))
     return (
         f"the rule {rule} did not end: {told}. Expected: every rank to finish. All ranks must run the same collectives "
         "in the same order, whatever their data."
@@ -275,7 +276,9 @@ def _where(stacks: str) -> str:
     text = Path(stacks).read_text(errors="replace") if os.path.exists(stacks) else ""
     for thread in text.split("\n\n"):
         frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', thread)
-        if any("conformance" in file for file, _, _ in frames):
-            shown = [f"{function} ({file}:{line})" for file, line, function in frames[:4]]
-            return ", called by ".join(shown)
+        if any(os.path.dirname(__file__) in file for file, _, _ in frames):
+            torch_folder = os.path.dirname(torch.__file__)
+            authors = [f"{function} ({file}:{line})" for file, line, function in frames if torch_folder not in file]
+            inside = [frames[0][2]] if torch_folder in frames[0][0] else []
+            return ", called by ".join([*inside, *authors[:2]])
     return ""

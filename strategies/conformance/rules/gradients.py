@@ -52,7 +52,8 @@ def gradient_ghost_rank(strategy: Strategy) -> None:
     The weights of the others already allow for it. Divide by `world.size`, not by the number of ranks that
     have something, and do not leave the reduction out on a rank whose gradient is zero.
     """
-    _check_epochs(strategy, lambda size: (STEPS - 1) * BATCH_SIZE * size + 1)
+    _check_epochs(strategy, lambda size: (STEPS - 1) * BATCH_SIZE * size + 1)  # at the end of a window
+    _check_epochs(strategy, lambda size: STEPS * BATCH_SIZE * size + 1)  # alone in a window
 
 
 @rule()
@@ -120,8 +121,8 @@ def two_models(strategy: Strategy) -> None:
                 continue
             expected = _gan_window(before, samples, window)
             after = weights_of(critic), weights_of(generator)
-            for name, old, new, oracle in zip(("first", "second"), before, after, expected, strict=True):
-                where = f"in the window that ends with micro-batch {number + 1}, for the {name} of two models"
+            for name, old, new, oracle in zip(("critic", "generator"), before, after, expected, strict=True):
+                where = f"in the window that ends with micro-batch {number + 1}, for the {name} of a GAN"
                 used = Step(old, new, None).gradient
                 compare(used, oracle, tolerance=loop.tolerance, where=where, num_ranks=loop.world.size)
             before = after

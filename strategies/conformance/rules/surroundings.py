@@ -86,7 +86,14 @@ def teardown_and_again(strategy: Strategy) -> None:
                 expected=f"the same facts as the first: {world}",
                 advice="Joining a process group that exists already returns what it says.",
             )
+        joined = dist.is_initialized()
         strategy.teardown(second)
+        if dist.is_initialized() != joined:
+            raise Broken(
+                "the teardown() of a second Accelerator destroyed the process group that the first one works with",
+                expected="the group to be left by the one whose setup() made it",
+                advice="World.owns_process_group is for that: False where setup() found a group. teardown() asks it.",
+            )
         _compare_rounds(first, _train(loop), "after another Accelerator joined and left")
     if dist.is_initialized() != joined_before:
         raise Broken(
