@@ -11,13 +11,10 @@ import sys
 if not getattr(sys.flags, "safe_path", False):  # before any other import: this directory must not shadow modules
     del sys.path[0]
 
+# Only what a script that does not fail needs; the rest is imported in the functions below.
 import builtins
-import contextlib
 import io
-import json
 import os
-import runpy
-import time
 import types
 
 # What torch says in a RuntimeError when the other end of a connection died.
@@ -45,6 +42,8 @@ def is_follow_up(error: BaseException) -> bool:
 
 def script_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:
     """The traceback without the frames of this file and of runpy."""
+    import runpy
+
     ours = (__file__, runpy.__file__, "<frozen runpy>")
     while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
         traceback = traceback.tb_next
@@ -53,6 +52,8 @@ def script_frames(traceback: types.TracebackType | None) -> types.TracebackType 
 
 def format_error(error: BaseException) -> str:
     """What the process's own exception hook prints, so that one set by the script is still called."""
+    import contextlib
+
     error.__traceback__ = script_frames(error.__traceback__)
     text = io.StringIO()
     with contextlib.redirect_stderr(text):
@@ -62,6 +63,9 @@ def format_error(error: BaseException) -> str:
 
 def record(path: str, error: BaseException, text: str, follow_up: bool) -> bool:
     """Write the error file. Returns whether this process is to print: it is the first of its node to fail by itself."""
+    import json
+    import time
+
     summary = f"{type(error).__name__}: {error}"
     now = time.time_ns()
     extra = {"py_callstack": text, "timestamp": str(now // 10**9), "timestamp_ns": now, "follow_up": follow_up}
@@ -91,6 +95,8 @@ def report(error: BaseException) -> None:
 def run_script(path: str) -> None:
     """Run a file as `__main__`, which stays in place afterwards: what the script pickles must be found there."""
     if not path.endswith(".py"):
+        import runpy
+
         runpy.run_path(path, run_name="__main__")  # knows directories, archives and compiled files
         return
     name = os.path.abspath(path)
@@ -111,6 +117,8 @@ def main() -> None:
         sys.path.insert(0, folder)
     try:
         if how == "module":
+            import runpy
+
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
             run_script(target)
