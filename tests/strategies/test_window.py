@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from itertools import chain
@@ -470,6 +471,25 @@ def test_an_exception_drops_its_window(caplog: pytest.LogCaptureFixture) -> None
             assert all(parameter.grad is None for parameter in model.parameters())
     assert "dropped the gradients of 1 earlier micro-batches" in caplog.text
     assert_close(flat(model), train_plain(case, [[4, 5, 6, 7], [8, 9, 10, 11]]))
+
+
+def train_with_an_exception(case: Case) -> Tensor:
+    accelerator, model, optimizer, loader = prepared(case)
+    for number, (x, y, _) in enumerate(loader):
+        with contextlib.suppress(ValueError), accelerator.accumulate(model):
+            loss = sample_losses(model, x, y).mean()
+            if number == 1:
+                raise ValueError("bad batch")
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    return flat(model)
+
+
+def test_an_exception_on_all_ranks_drops_its_window(ranks: RankPool) -> None:
+    case = Case(length=24, world=2, steps=2)
+    for weights in ranks(train_with_an_exception, case):
+        assert_close(weights, train_plain(case, [[*range(8, 16)], [*range(16, 24)]]))
 
 
 # -- batches that are not trained on as planned ----------------------------------------------------------------
