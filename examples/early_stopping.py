@@ -5,9 +5,9 @@ the others would wait for it. `check_trigger` tells everyone. Expected output of
 
     accelerator launch --nproc-per-node 2 examples/early_stopping.py
 
-    rank 1 is content after step 14
-    rank 0 of 2 stopped after step 14
-    rank 1 of 2 stopped after step 14
+    rank 1 is content after step 10
+    rank 0 of 2 stopped after step 10
+    rank 1 of 2 stopped after step 10
 """
 
 import torch

@@ -4,9 +4,9 @@ Parameters stay float32; the forward pass runs in the lower precision. float16 h
 up before backward. The first scale, 65536, is too high here on purpose (targets near 100); every overflow halves it,
 until gradients fit. Nothing in the loop is written for it. Expected output:
 
-    no    outputs float32   50 optimizer steps, 0 skipped, scheduler at 50, loss 0.3422
-    bf16  outputs bfloat16  50 optimizer steps, 0 skipped, scheduler at 50, loss 0.8105
-    fp16  outputs float16   41 optimizer steps, 9 skipped, scheduler at 41, loss 1.2584
+    no    outputs float32   50 optimizer steps, 0 skipped, scheduler at 50, loss 0.4187
+    bf16  outputs bfloat16  50 optimizer steps, 0 skipped, scheduler at 50, loss 1.0749
+    fp16  outputs float16   41 optimizer steps, 9 skipped, scheduler at 41, loss 0.9948
 """
 
 import logging

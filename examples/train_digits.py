@@ -9,7 +9,7 @@ The same script in one process or in several, with the same numbers:
 prepare, accumulate, backward) and those that report for all processes at once (gather_for_metrics, print).
 Expected output, ten lines, the last of them like
 
-    epoch 10  loss 0.007  test accuracy 98.6%  9000 samples/s
+    epoch 10  loss 0.011  test accuracy 98.9%  9000 samples/s
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(curve_path):
     train_loader = DataLoader(train, batch_size=64, shuffle=True)
     test_loader = DataLoader(test, batch_size=120)
     model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-6)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_EPOCHS * len(train_loader))
     model, optimizer, scheduler, train_loader, test_loader = accelerator.prepare(
         model, optimizer, scheduler, train_loader, test_loader

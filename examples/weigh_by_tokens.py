@@ -37,7 +37,7 @@ def make_model():
 
 
 def gradient(model):
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return torch.cat([parameter.grad.flatten().cpu() for parameter in model.parameters()])
 
 
 def largest_error(weighted):
