@@ -26,7 +26,7 @@ from strategies.window import Window
 
 from . import processes
 from .batch_arithmetic import BatchArithmetic
-from .choice import check_world, choose_strategy
+from .choice import check_world, chosen_name
 from .config import NOT_GIVEN, NotGiven, given, resolve_settings
 from .explain import Explanation, explain
 
@@ -78,7 +78,8 @@ class Accelerator:
         self._resolved = resolve_settings(code, config=config, environ=os.environ, directory=Path.cwd())
         self._settings = self._resolved.settings
         precision = Precision(self._settings.mixed_precision)
-        self._strategy = choose_strategy(self._resolved, os.environ)
+        self._strategy_name = chosen_name(self._resolved, os.environ)
+        self._strategy = self._resolved.strategy_for(self._strategy_name)
         self._world = self._strategy.setup()
         check_world(self._resolved, self._world)
         precision.check(self._world.device)
@@ -208,14 +209,17 @@ class Accelerator:
         the values belong to, where loops are nested and sizes do not tell.
         """
         sources = self._accumulation.sources
-        size = len(tree) if isinstance(tree, list) else num_samples(tree)
+        size = num_samples(tree)
+        if size is None and isinstance(tree, list):
+            size = len(tree)
         cursor = sources.measuring(size, loader)
         if cursor is not None:
             sources.verify(cursor)
             if not sources.is_open(cursor) and cursor.finished and _had_ghosts(cursor, self._world):
                 raise DataError(
                     "gather_for_metrics was called after the loop over its loader had ended, where values of repeated "
-                    "samples can no longer be told from others. Call it inside the loop, for each batch."
+                    "samples can no longer be told from others. Call it inside the loop, for each batch; "
+                    "for a value of your own, such as a count, use reduce or gather."
                 )
         return collectives.gather_uneven(tree, self._world, keep=cursor is None or not cursor.is_ghost)
 
@@ -329,7 +333,7 @@ class Accelerator:
 
     def explain(self) -> Explanation:
         """What was asked and what runs, every setting with its origin. Print it; not a collective."""
-        return explain(self._resolved, self._strategy, self._accumulation, self._arithmetic)
+        return explain(self._resolved, self._strategy_name, self._accumulation, self._arithmetic)
 
     def free_memory(self) -> None:
         """Let go of everything prepared, and return cached device memory. What was prepared is unusable after."""

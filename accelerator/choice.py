@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from strategies import LaunchError, Strategy, World
+from strategies import LaunchError, World
 from strategies.process_group import read_environment
 
 from .config import Resolved
@@ -18,11 +18,6 @@ def chosen_name(resolved: Resolved, environ: Mapping[str, str]) -> str:
     if resolved.settings.strategy != "auto":
         return resolved.settings.strategy
     return "ddp" if read_environment(environ).size > 1 else "single"
-
-
-def choose_strategy(resolved: Resolved, environ: Mapping[str, str]) -> Strategy:
-    """The strategy that runs, built from its options."""
-    return resolved.strategy_for(chosen_name(resolved, environ))
 
 
 def check_world(resolved: Resolved, world: World) -> None:

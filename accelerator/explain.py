@@ -45,11 +45,10 @@ class Explanation:
         raise KeyError(name)
 
 
-def explain(
-    resolved: Resolved, strategy: Strategy, accumulation: Accumulation, arithmetic: BatchArithmetic
-) -> Explanation:
-    """The plan of this run on this rank."""
+def explain(resolved: Resolved, name: str, accumulation: Accumulation, arithmetic: BatchArithmetic) -> Explanation:
+    """The plan of this run on this rank. `name` is that of the strategy which runs."""
     settings, origins, world = resolved.settings, resolved.origins, accumulation.world
+    strategy = accumulation.strategy
     kind = type(strategy)
     rows = [
         Row("strategy", settings.strategy, f"{kind.__name__} ({kind.__module__})", origins["strategy"]),
@@ -71,7 +70,7 @@ def explain(
         Row("split_batches", str(settings.split_batches), str(settings.split_batches), origins["split_batches"]),
         Row("seed", str(settings.seed), _seed(settings.seed), origins["seed"]),
         Row("project_dir", str(settings.project_dir), str(settings.project_dir), origins["project_dir"]),
-        *_options(resolved, strategy),
+        *_options(resolved, strategy, name),
         *(Row(f"loader {index}", "", _loader(link), "") for index, link in enumerate(accumulation.loaders)),
     ]
     return Explanation(tuple(rows))
@@ -90,15 +89,13 @@ def _seed(seed: int | None) -> str:
     return f"torch's own: {torch.initial_seed()}" if seed is None else str(seed)
 
 
-def _options(resolved: Resolved, strategy: Strategy) -> list[Row]:
-    names = {resolved.settings.strategy, type(strategy).__name__.lower()}
+def _options(resolved: Resolved, strategy: Strategy, name: str) -> list[Row]:
     rows = []
     for field in fields(strategy):
         value = str(getattr(strategy, field.name))
-        origin = next(
-            (resolved.origins[f"{name}.{field.name}"] for name in names if f"{name}.{field.name}" in resolved.origins),
-            "code" if resolved.strategy_in_code is not None else "default",
-        )
+        is_default = getattr(strategy, field.name) == field.default
+        in_code = "code" if isinstance(resolved.strategy_in_code, Strategy) and not is_default else "default"
+        origin = resolved.origins.get(f"{name}.{field.name}", in_code)
         rows.append(Row(f"strategy.{field.name}", value, value, origin))
     return rows
 

@@ -44,7 +44,8 @@ class Strategy(ABC):
     def wrap(self, model: nn.Module, world: World, precision: Precision) -> nn.Module:
         """Place `model` on its device(s) and make its backward synchronise gradients.
 
-        May change `model` in place (parameters may be replaced: optimizers are re-pointed by name).
+        May change `model` in place (parameters may be replaced: optimizers are re-pointed by name). Ranks
+        leave it with the same weights, rank 0's.
         Raises `ConfigurationError` or `PrepareError` for a model that this strategy cannot train right.
         """
 

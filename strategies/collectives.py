@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import CollectiveError, ShapeMismatchError
 from .process_group import named_failures
-from .tree import iterate_leaves, iterate_tensors, map_tensors
+from .tree import describe, iterate_leaves, iterate_tensors, map_tensors
 from .world import World
 
 
@@ -49,7 +49,7 @@ def gather(tree: Any, world: World) -> Any:
     Raises `ShapeMismatchError`, on every rank, if structure, shapes or dtypes differ between ranks.
     The results carry no gradient.
     """
-    _check_alike(tree, world, ignore_first_dim=False)
+    _check_alike(tree, world)
     return map_tensors(lambda tensor: torch.cat(_all_gather(_at_least_1d(tensor), world)), tree)
 
 
@@ -59,10 +59,10 @@ def gather_uneven(tree: Any, world: World, *, keep: bool) -> Any:
     Objects that are no tensors are gathered too: a list is concatenated, anything else becomes a list
     with one element per rank that keeps.
     """
+    _check_alike(tree, world, any_length_of=0, objects=True)
     if not any(True for _ in iterate_tensors(tree)):
         kept = [value for value, keeps in all_gather_objects((tree, keep), world) if keeps]
         return [item for value in kept for item in value] if isinstance(tree, list) else kept
-    _check_alike(tree, world, ignore_first_dim=True)
     leaves = [_at_least_1d(tensor) for tensor in iterate_tensors(tree)]
     lengths = all_gather_integers([len(leaf) if keep else 0 for leaf in leaves], world)
     gathered = iter([_gather_lengths(leaf, [row[i] for row in lengths], world) for i, leaf in enumerate(leaves)])
@@ -76,10 +76,12 @@ def reduce(tree: Any, world: World, *, reduction: Literal["sum", "mean"] = "sum"
     """
     if reduction not in ("sum", "mean"):
         raise CollectiveError(f"reduction is {reduction!r}; expected 'sum' or 'mean'")
-    _check_alike(tree, world, ignore_first_dim=False)
+    _check_alike(tree, world)
 
     def one(tensor: Tensor) -> Tensor:
-        result = tensor.detach().clone()
+        result = tensor.detach().clone(memory_format=torch.contiguous_format)  # gloo sums memory, not elements
+        if result.dtype is torch.bool:
+            result = result.long()  # as torch.sum does
         if world.size > 1:
             with named_failures(world):
                 dist.all_reduce(result)
@@ -94,7 +96,7 @@ def broadcast(tree: Any, world: World) -> Any:
     """Rank 0's `tree`, on every rank: tensors on this rank's device, all else pickled."""
     if world.size == 1:
         return tree
-    leaves = [tensor.detach().contiguous() for tensor in iterate_tensors(tree)] if world.is_main else []
+    leaves = [_plain(tensor) for tensor in iterate_tensors(tree)] if world.is_main else []
     slots = iter([_Slot(index, leaf.shape, leaf.dtype) for index, leaf in enumerate(leaves)])
     skeleton = map_tensors(lambda _: next(slots), tree) if world.is_main else None
     carrier = [skeleton]
@@ -107,7 +109,7 @@ def broadcast(tree: Any, world: World) -> Any:
         else:
             tensor = torch.empty(slot.shape, dtype=slot.dtype, device=world.device)
         with named_failures(world):
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)
         return tensor
 
     return map_tensors(one, carrier[0], _Slot)
@@ -128,6 +130,7 @@ def pad_across_processes(
         padding = tensor.new_full(shape, pad_index)
         return torch.cat([padding, tensor] if pad_first else [tensor, padding], dim=dim)
 
+    _check_alike(tree, world, any_length_of="all")
     for tensor in iterate_tensors(tree):
         if not -tensor.ndim <= dim < tensor.ndim:
             raise CollectiveError(f"dim is {dim}, but a tensor to pad has {tensor.ndim} dimensions")
@@ -164,38 +167,42 @@ class _Slot:
     dtype: torch.dtype
 
 
-def _check_alike(tree: Any, world: World, *, ignore_first_dim: bool) -> None:
-    """Compare what the ranks brought by one 8-byte digest; only where it differs is everything compared."""
-    for leaf in iterate_leaves(tree):
-        if leaf is not None and not isinstance(leaf, Tensor):
-            raise CollectiveError(
-                f"a collective got {type(leaf).__name__} {leaf!r:.80}; expected tensors in any nesting. "
-                "Use gather_for_metrics for other objects, or torch.tensor for numbers."
-            )
+def _check_alike(
+    tree: Any, world: World, *, any_length_of: int | Literal["all"] | None = None, objects: bool = False
+) -> None:
+    """Compare what the ranks brought by one 8-byte digest; only where it differs is everything compared.
+
+    `objects` is whether other leaves than tensors are allowed, in a tree that has no tensors at all.
+    """
+    leaves = list(iterate_leaves(tree))
+    has_tensors = any(isinstance(leaf, Tensor) for leaf in leaves)
+    if has_tensors or not objects:
+        for leaf in leaves:
+            if leaf is not None and not isinstance(leaf, Tensor):
+                raise CollectiveError(
+                    f"a collective got {type(leaf).__name__} {leaf!r:.80}; expected tensors in any nesting. Gather "
+                    "objects by themselves with gather_for_metrics, and give numbers as torch.tensor(number)."
+                )
     if world.size == 1:
         return
-    first = 1 if ignore_first_dim else 0
-    brought = [
-        f"{tuple(tensor.shape[min(first, tensor.ndim) :])} {tensor.dtype}".replace("torch.", "")
-        for tensor in iterate_tensors(tree)
-    ]
-    digest = hashlib.blake2b("|".join(brought).encode(), digest_size=8).digest()
+    brought = describe(tree, any_length_of) if has_tensors or not objects else "objects"
+    digest = hashlib.blake2b(brought.encode(), digest_size=8).digest()
     digests = all_gather_integers([int.from_bytes(digest, "big", signed=True)], world)
     if all(row == digests[0] for row in digests):
         return
-    everyone = all_gather_objects([f"{tuple(t.shape)} {t.dtype}" for t in iterate_tensors(tree)], world)
-    listed = "; ".join(f"rank {rank}: {', '.join(shapes) or 'no tensor'}" for rank, shapes in enumerate(everyone))
+    everyone = all_gather_objects(describe(tree), world)
+    listed = "; ".join(f"rank {rank}: {described}" for rank, described in enumerate(everyone))
     advice = (
-        "Ranks must bring the same nesting, dtypes and trailing dimensions."
-        if ignore_first_dim
-        else "Use gather_for_metrics for batches of different length, or pad_across_processes first."
+        "Use gather_for_metrics for batches of different length, or pad_across_processes first."
+        if any_length_of is None
+        else "Ranks must bring the same nesting, dtypes and other dimensions."
     )
     raise ShapeMismatchError(f"ranks brought different tensors to one collective ({listed}). {advice}")
 
 
 def _all_gather(tensor: Tensor, world: World) -> list[Tensor]:
     """Equally shaped tensors of all ranks. Sent as bytes: every dtype travels, on every backend."""
-    tensor = tensor.detach().contiguous()
+    tensor = _plain(tensor)
     if world.size == 1:
         return [tensor]
     sent = tensor.reshape(-1).view(torch.uint8)
@@ -211,6 +218,11 @@ def _gather_lengths(tensor: Tensor, lengths: Sequence[int], world: World) -> Ten
     mine = lengths[world.rank]
     padded[:mine] = tensor.detach()[:mine]
     return torch.cat([part[:length] for part, length in zip(_all_gather(padded, world), lengths, strict=True)])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same values in memory order, with nothing left to be conjugated or negated on reading."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def _at_least_1d(tensor: Tensor) -> Tensor:

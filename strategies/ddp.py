@@ -77,7 +77,7 @@ class DDP(Strategy):
 
     def teardown(self, world: World) -> None:
         """Destroy the process group."""
-        leave(world)
+        leave()
 
     def wrap(self, model: nn.Module, world: World, precision: Precision) -> nn.Module:
         """Move the model to the device, copy rank 0's weights to all, and average gradients in backward."""

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from .errors import ConfigurationError, LaunchError, PeerLostError
+from .errors import CollectiveError, ConfigurationError, LaunchError, PeerLostError
 from .world import World
 
 _ROLL_CALL_SECONDS = 3.0
@@ -108,8 +108,7 @@ def join(device: str, backend: str | None, timeout: timedelta) -> World:
     """
     placement = read_environment(os.environ)
     picked = pick_device(device, placement.local_rank)
-    joins = not dist.is_initialized()
-    if joins:
+    if not dist.is_initialized():
         if backend is None:
             default = dist.get_default_backend_for_device(picked)
             backend = default if picked.type == "cpu" else f"cpu:gloo,{picked.type}:{default}"
@@ -121,6 +120,8 @@ def join(device: str, backend: str | None, timeout: timedelta) -> World:
             timeout=timeout,
             device_id=picked if picked.type == "cuda" else None,
         )
+        _default_store().set(_key("ours"), "1")
+    _default_store().add(_key("members"), 1)
     if dist.get_world_size() != placement.size and placement.launcher != "none":
         raise LaunchError(
             f"the process group has {dist.get_world_size()} processes, but {placement.launcher} started "
@@ -133,19 +134,32 @@ def join(device: str, backend: str | None, timeout: timedelta) -> World:
         local_size=placement.local_size,
         device=picked,
         backend=dist.get_backend_config(),
-        owns_process_group=joins,
     )
 
 
-def leave(world: World) -> None:
-    """Destroy the process group that `join` made, so that its threads end before the interpreter does."""
-    if world.owns_process_group and dist.is_initialized():
-        dist.destroy_process_group()
+def leave() -> None:
+    """Take back one `join`. With the last one the process group ends, unless the script made it by itself.
+
+    Its threads must end before the interpreter does, and after the models that use it.
+    """
+    if not dist.is_initialized():
+        return
+    try:
+        store = _default_store()
+        if store.add(_key("members"), -1) > 0 or not store.check([_key("ours")]):
+            return
+    except RuntimeError:  # the store went with its host: nothing is left to share
+        pass
+    dist.destroy_process_group()
 
 
 @contextmanager
 def named_failures(world: World) -> Iterator[None]:
     """Turn the backend's "connection closed" in this block into a `PeerLostError` that names the rank."""
+    if world.size > 1 and not dist.is_initialized():
+        raise CollectiveError(
+            "a collective was called after the process group was left. Call end_training() after the last one."
+        )
     try:
         yield
     except RuntimeError as error:
@@ -159,10 +173,19 @@ def leave_last_words(world: World, error: BaseException) -> None:
     """Tell the other ranks why this one is about to go, for their `PeerLostError`. Not collective."""
     if world.size == 1 or not dist.is_initialized():
         return
+    lines = str(error).strip().splitlines() or [""]
+    # An error of a DataLoader's worker carries its whole traceback, whose last line says what happened.
+    words = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
     try:
-        _default_store().set(f"accelerator/last_words/{world.rank}", f"{type(error).__name__}: {error}"[:500])
+        _default_store().set(_key("last_words"), f"{type(error).__name__}: {words}"[:500])
     except RuntimeError:  # the store went with its host: there is nobody left to tell
         return
+
+
+def take_back_last_words(world: World) -> None:
+    """Note that the script has recovered from the error it left words about. Not collective."""
+    if world.size > 1 and dist.is_initialized():
+        _default_store().delete_key(_key("last_words"))
 
 
 def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None:
@@ -175,7 +198,7 @@ def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None
     first_line = str(error).strip().splitlines()[0][:200]
     try:
         store = _default_store()
-        store.set(f"accelerator/alive/{world.rank}", "1")
+        store.set(_key("alive"), "1")
         missing = [rank for rank in range(world.size) if rank != world.rank]
         deadline = time.monotonic() + _ROLL_CALL_SECONDS
         while missing and time.monotonic() < deadline:
@@ -185,7 +208,7 @@ def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None
             time.sleep(0.05)
         words = {
             rank: store.get(f"accelerator/last_words/{rank}").decode()
-            for rank in range(world.size)
+            for rank in missing
             if store.check([f"accelerator/last_words/{rank}"])
         }
     except RuntimeError:
@@ -193,16 +216,22 @@ def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None
             f"rank {world.rank}: a collective failed and the job's store no longer answers: the process that hosts it "
             f"(rank 0, or the launcher) is gone. The backend said: {first_line}"
         )
-    if words:
-        told = "; ".join(f"rank {rank} raised {why}" for rank, why in words.items())
-        return PeerLostError(f"rank {world.rank} waited in a collective that cannot end: {told}")
-    if missing:
-        names = ", ".join(map(str, missing))
-        return PeerLostError(
-            f"rank {world.rank} waited in a collective that cannot end: rank {names} left or did not answer within "
-            f"{_ROLL_CALL_SECONDS:.0f} s. Look for its own error above. The backend said: {first_line}"
-        )
-    return None
+    if not missing:
+        return None
+    told = [
+        f"rank {rank} left, it had raised {words[rank]}"
+        if rank in words
+        else f"rank {rank} left or did not answer within {_ROLL_CALL_SECONDS:.0f} s; look for its own error"
+        for rank in missing
+    ]
+    return PeerLostError(
+        f"rank {world.rank} waited in a collective that cannot end: {'; '.join(told)}. The backend said: {first_line}"
+    )
+
+
+def _key(what: str) -> str:
+    """This rank's key in the store of the process group, where the process keeps what belongs to the group."""
+    return f"accelerator/{what}/{dist.get_rank()}"
 
 
 def _default_store() -> dist.Store:
@@ -253,8 +282,10 @@ def _tasks_on_node(tasks_per_node: str, node: int) -> int:
     """Element `node` of SLURM's compressed list, such as "4(x2),3"."""
     counts: list[int] = []
     for part in tasks_per_node.split(","):
-        count, _, repeat = part.partition("(x")
-        counts += [int(count)] * (int(repeat.rstrip(")")) if repeat else 1)
+        matched = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if matched is None:
+            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE is {tasks_per_node!r}; expected a list such as '4(x2),3'")
+        counts += [int(matched[1])] * int(matched[2] or 1)
     return counts[min(node, len(counts) - 1)]
 
 

@@ -56,6 +56,8 @@ def _load(name: str, path: str) -> type[Strategy]:
     from .base import Strategy
 
     module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise ConfigurationError(f"strategy is {name!r}; expected 'package.module:Class' with both parts")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

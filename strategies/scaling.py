@@ -21,26 +21,35 @@ class LossScaler:
         self._world = world
         self._scaler = torch.amp.GradScaler(world.device.type)
         self._update_due = False
+        self._overflowed: dict[Optimizer, Tensor] = {}
 
     def scale(self, loss: Tensor) -> Tensor:
         """`loss` times the scale, for backward."""
         return self._scaler.scale(loss)
 
-    def unscale(self, optimizer: Optimizer) -> None:
+    def unscale(self, optimizer: Optimizer, *, has_gradients: bool) -> None:
         """Divide the optimizer's gradients by the scale, in place, and note whether any is not finite.
 
         Collective: the verdict is true on all ranks if it is true on one.
         """
-        self._scaler.unscale_(optimizer)
+        if has_gradients:
+            self._scaler.unscale_(optimizer)
+        # The public GradScaler tells its verdict only through a lower scale after update(), which costs a second
+        # wait for the device and comes too late for the scheduler of the same iteration.
+        found = self._scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        verdict = sum(found.values(), torch.zeros((), device=self._world.device))
         if self._world.size > 1:
-            for found in self._found_inf(optimizer):
-                dist.all_reduce(found, op=dist.ReduceOp.MAX)
+            dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
+        found[self._world.device] = verdict  # for update(), which all ranks do alike
+        self._overflowed[optimizer] = verdict
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Step `optimizer` if its gradients are finite. Returns whether it stepped."""
-        self._scaler.step(optimizer)
+        """Step `optimizer` if its gradients are finite, on all ranks. Returns whether it stepped."""
         self._update_due = True
-        return not any(found.item() for found in self._found_inf(optimizer))
+        if self._overflowed.pop(optimizer).item():
+            return False
+        optimizer.step()
+        return True
 
     def begin_window(self) -> None:
         """Take the new scale, if the last window was used."""
@@ -63,8 +72,3 @@ class LossScaler:
         """Continue with the scale and growth of `state`."""
         self._update_due = False
         self._scaler.load_state_dict(state)
-
-    def _found_inf(self, optimizer: Optimizer) -> list[Tensor]:
-        # The public GradScaler tells only through a lower scale after update(), which costs a second
-        # wait for the device and comes too late for the scheduler of the same iteration.
-        return list(self._scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from . import collectives
 from .errors import DataError, StepError
+from .process_group import leave_last_words, take_back_last_words
 from .sharding import Cut
 from .world import World
 
@@ -22,6 +24,7 @@ class Cursor:
     """
 
     __slots__ = (
+        "_loader",
         "_num_full",
         "cut",
         "epoch",
@@ -30,7 +33,6 @@ class Cursor:
         "index",
         "is_last",
         "last_trained",
-        "loader",
         "num_trained",
         "rank",
         "samples_seen",
@@ -39,7 +41,7 @@ class Cursor:
     )  # fmt: skip
 
     def __init__(self, loader: DataLoader[Any], cut: Cut | None, world: World, *, epoch: int, seed: int) -> None:
-        self.loader = loader
+        self._loader = weakref.ref(loader)  # the loader holds its last cursor
         self.cut = cut
         self.rank = world.rank
         self.epoch = epoch
@@ -55,11 +57,20 @@ class Cursor:
         self.verified = world.size == 1
 
     @property
+    def loader(self) -> DataLoader[Any] | None:
+        """The prepared loader, while it exists."""
+        return self._loader()
+
+    @property
     def samples(self) -> int:
         """Samples of this rank in the batch that the loop holds; 0 for a ghost."""
         if self.index < self._num_full or self.cut is None:
             return self.samples_seen
         return self.cut.local_samples(self.index, self.rank)
+
+    def size_on(self, rank: int) -> int:
+        """How many samples the batch in hand really has on `rank`: one where it is a ghost."""
+        return self.samples_seen if self.cut is None else max(1, self.cut.local_samples(self.index, rank))
 
     @property
     def is_ghost(self) -> bool:
@@ -78,9 +89,18 @@ class Sources:
         self._world = world
         self._open: list[Cursor] = []
         self._latest: Cursor | None = None  # the last one that gave a batch, open or not
+        self._left_words = False
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks of an error that is about to leave the loop here, and perhaps to end the process."""
+        leave_last_words(self._world, error)
+        self._left_words = True
 
     def open(self, cursor: Cursor) -> None:
         """Enter a pass. A pass over the same loader that was never closed is over."""
+        if self._left_words:
+            take_back_last_words(self._world)
+            self._left_words = False
         self._open = [other for other in self._open if other.loader is not cursor.loader]
         self._open.append(cursor)
 
@@ -119,21 +139,29 @@ class Sources:
         return first
 
     def measuring(self, num_samples: int | None, loader: DataLoader[Any] | None = None) -> Cursor | None:
-        """The pass that a value computed from `num_samples` samples belongs to.
+        """The pass that values of `num_samples` samples on this rank belong to. Collective: all ranks agree on it.
 
-        Of the pass that gave a batch last and the open ones, innermost first, the first that holds a batch of
-        that size on this rank. Without one: the last if it is open, else the innermost open one.
+        The first, of the open passes from the last that gave a batch outwards, whose batch has on every rank as
+        many samples as that rank's values. Where none has (values of any length, scalars): the last that gave a
+        batch and is open; where none is open, the last of all.
         """
         if loader is not None:
             return self._of(loader)
         latest = self._latest
         if latest is None:
             return None
-        candidates = [latest, *reversed([cursor for cursor in self._open if cursor.index >= 0])]
-        for cursor in candidates:
-            if max(1, cursor.samples) == num_samples:
-                return cursor
-        return candidates[1] if latest not in self._open and len(candidates) > 1 else latest
+        inside = [cursor for cursor in reversed(self._open) if cursor.index >= 0]
+        if latest in inside:
+            inside.remove(latest)
+            inside.insert(0, latest)
+        if not inside:
+            return latest
+        if len(inside) > 1:
+            sizes = [row[0] for row in collectives.all_gather_integers([num_samples or 0], self._world)]
+            for cursor in inside:
+                if [cursor.size_on(rank) for rank in range(self._world.size)] == sizes:
+                    return cursor
+        return inside[0]
 
     def is_open(self, cursor: Cursor) -> bool:
         """Whether the loop is still inside this pass."""

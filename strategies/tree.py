@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +48,27 @@ def iterate_leaves(tree: Any) -> Iterator[Any]:
         return
     for child in children:
         yield from iterate_leaves(child)
+
+
+def describe(tree: Any, any_length_of: int | Literal["all"] | None = None) -> str:
+    """The nesting, shapes and dtypes of `tree` in one line, equal for trees that a collective may put together.
+
+    The length of dimension `any_length_of` of each tensor, or of all, is left out.
+    """
+    if isinstance(tree, Tensor):
+        free = range(tree.ndim) if any_length_of == "all" else [any_length_of]
+        lengths = ["*" if dim in free else str(length) for dim, length in enumerate(tree.shape)]
+        inside = f"{lengths[0]}," if tree.ndim == 1 else ", ".join(lengths)
+        return f"({inside}) {tree.dtype}".replace("torch.", "")
+    if isinstance(tree, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(value, any_length_of)}" for key, value in tree.items()) + "}"
+    if isinstance(tree, list | tuple):
+        opening, closing = "[]" if isinstance(tree, list) else "()"
+        return opening + ", ".join(describe(value, any_length_of) for value in tree) + closing
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        named = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+        return type(tree).__name__ + describe(named, any_length_of)
+    return type(tree).__name__
 
 
 def iterate_tensors(tree: Any) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .errors import StepError
-from .process_group import explain_lost_peer, leave_last_words, named_failures
+from .process_group import explain_lost_peer, named_failures
 from .scaling import LossScaler
 from .sources import Cursor
 from .weighting import Weighting
@@ -91,7 +91,7 @@ class Window:
         if self._frozen:
             self._thaw_others()
         if error is not None:
-            leave_last_words(accumulation.world, error)
+            accumulation.sources.fail(error)
             self._abandon()
             return
         self.count += 1
@@ -150,8 +150,8 @@ class Window:
         gradients = optimizer.gradients()
         if gradients and self._correction is not None:
             torch._foreach_mul_(gradients, self._correction)
-        if gradients and self.scaler is not None:
-            self.scaler.unscale(optimizer.original)
+        if self.scaler is not None:
+            self.scaler.unscale(optimizer.original, has_gradients=bool(gradients))
 
     def may_zero(self, stepped: bool) -> bool:
         """Whether gradients may be zeroed now: at the start of a window, after its step, or to discard it all."""

@@ -18,7 +18,6 @@ class World:
     `rank` counts over all nodes, `local_rank` on this node; `size` and `local_size` are the numbers of
     processes. `device` is where this process computes. `mesh` is set by strategies that lay devices out
     in a mesh. `backend` is the name of the process group's backend, `None` without a process group.
-    `owns_process_group` is whether `setup` joined it, so that `teardown` leaves it.
     """
 
     rank: int = 0
@@ -28,7 +27,6 @@ class World:
     device: torch.device = torch.device("cpu")
     mesh: DeviceMesh | None = None
     backend: str | None = None
-    owns_process_group: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:

@@ -18,7 +18,6 @@ from torch.utils.data import (
 
 from .. import collectives
 from ..errors import DataError
-from ..process_group import leave_last_words
 from ..sharding import Cut, ShardedBatchSampler
 from ..sources import Cursor
 from ..tree import num_samples
@@ -39,7 +38,6 @@ class DataLoaderLink:
         self.original = original
         self.accumulation = accumulation
         self.sampler = sampler
-        self.view: Any = None  # set once the view exists
         self._last: Cursor | None = None
 
     @property
@@ -52,15 +50,13 @@ class DataLoaderLink:
         """Samples of one full batch over all ranks."""
         return self.sampler.cut.global_batch if self.sampler is not None else self.original.batch_size
 
-    def iterate(self, make_iterator: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    def iterate(self, view: DataLoader[Any], make_iterator: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """One pass over this rank's batches, keeping the loop's position for the weights of its windows."""
         accumulation, sampler, last = self.accumulation, self.sampler, self._last
         sources, world = accumulation.sources, accumulation.world
         epoch = 0 if last is None else last.epoch + (last.finished or last.num_trained > 0)
         seed = sampler.seed if sampler is not None else 0
-        cursor = self._last = Cursor(
-            self.view, sampler.cut if sampler is not None else None, world, epoch=epoch, seed=seed
-        )
+        cursor = self._last = Cursor(view, sampler.cut if sampler is not None else None, world, epoch=epoch, seed=seed)
         if sampler is not None:
             sampler.epoch = epoch
         sources.open(cursor)
@@ -76,7 +72,7 @@ class DataLoaderLink:
                 self._check_number(cursor, sampler.cut.num_batches)
             cursor.finished = True
         except Exception as error:
-            leave_last_words(world, error)
+            sources.fail(error)
             raise
         finally:
             sources.close(cursor)
@@ -121,7 +117,8 @@ class PreparedDataLoader(View):
 
     def __iter__(self) -> Iterator[Any]:
         """One pass: this rank's part of an epoch, on its device. Not a collective."""
-        return self._link.iterate(super().__iter__)  # type: ignore[misc]  # DataLoader follows in the view
+        # DataLoader follows in the view
+        return self._link.iterate(self, super().__iter__)  # type: ignore[arg-type, misc]
 
     @property
     def epoch(self) -> int:
@@ -171,10 +168,9 @@ def prepare_dataloader(loader: DataLoader[Any], accumulation: Accumulation, *, s
     copied.__dict__["_iterator"] = None  # persistent workers belong to one loader
     if sampler is not None:
         copied.__dict__["batch_sampler"] = sampler
-    link = DataLoaderLink(copied, accumulation, sampler)
-    link.view = make_view(copied, PreparedDataLoader, link)
+    link = DataLoaderLink(loader, accumulation, sampler)
     accumulation.loaders.append(link)
-    return link.view
+    return make_view(copied, PreparedDataLoader, link)
 
 
 def loader_seed(loader: DataLoader[Any], seed: int | None, ordinal: int, accumulation: Accumulation) -> int:

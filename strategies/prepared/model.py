@@ -68,6 +68,12 @@ class ModelLink:
         """The live parameter for one that this model had before or after wrapping; `None` for a stranger."""
         name, remembered = self._names.get(id(parameter), (None, None))
         if name is not None and remembered is not None and remembered() is parameter:
+            if name not in self._parameters:
+                strategy = type(self.accumulation.strategy).__name__
+                raise PrepareError(
+                    f"{type(self.original).__name__} had a parameter {name!r} before it was wrapped, and has none of "
+                    f"that name now. {strategy}.wrap must keep the names of parameters."
+                )
             return self._parameters[name]
         return self._live.get(id(parameter))
 

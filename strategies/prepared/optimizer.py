@@ -103,7 +103,7 @@ class OptimizerLink:
             return None
         window.finish(self)
         window.stepped.add(self)
-        if window.scaler is not None and self.gradients():
+        if window.scaler is not None:
             if not window.scaler.step(self.original):
                 self.last_call, accumulation.step_was_skipped = "skipped", True
                 if accumulation.world.is_main:

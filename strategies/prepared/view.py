@@ -40,7 +40,7 @@ def _itself(original: Any) -> Any:
 
 
 def make_view(original: Any, methods: type[V], link: Any) -> V:
-    """A view of `original` in which `methods` come first. `link` must have the attribute `original`."""
+    """A view of `original` in which `methods` come first. `link.original` is what pickling and copying give."""
     cls = type(original)
     try:
         view_cls = types.new_class(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 import weakref
 from pathlib import Path
@@ -10,18 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from accelerator import Accelerator
+from accelerator import Accelerator, SingleDevice
 from fresh_process import FreshProcesses
 from rank_pool import RankPool
 from strategies import (
     ConfigurationError,
-    DataError,
     LaunchError,
+    PeerLostError,
     PrepareError,
     StepError,
 )
@@ -116,92 +115,6 @@ def wave_flags() -> list[bool]:
 
 def test_a_trigger_of_any_rank_is_seen_once_by_all(ranks: RankPool) -> None:
     assert ranks(wave_flags) == [[False, True, False]] * 2
-
-
-# -- gathering ---------------------------------------------------------------------------------------------
-
-
-def metrics(length: int, batch_size: int) -> list[Any]:
-    accelerator = Accelerator(strategy="ddp")
-    loader = accelerator.prepare(numbers(length, batch_size))
-    seen: dict[str, list[Any]] = {"tensor": [], "words": [], "long": [], "scalar": [], "pair": []}
-    for (batch,) in loader:
-        seen["tensor"] += accelerator.gather_for_metrics(batch).tolist()
-        seen["words"] += accelerator.gather_for_metrics([str(int(number)) for number in batch])
-        seen["long"] += accelerator.gather_for_metrics(batch.repeat_interleave(3)).tolist()
-        seen["scalar"] += accelerator.gather_for_metrics(batch.float().mean()).tolist()
-        pair = accelerator.gather_for_metrics({"inputs": batch, "labels": (batch * 2, None)})
-        seen["pair"] += (pair["inputs"] + pair["labels"][0]).tolist()
-    return list(seen.values())
-
-
-@settings(max_examples=20, deadline=None)
-@given(length=st.integers(1, 30), batch_size=st.integers(1, 5), nproc=st.integers(1, 3))
-def test_what_is_gathered_is_the_dataset_once(ranks: RankPool, length: int, batch_size: int, nproc: int) -> None:
-    means = []
-    for start in range(0, length, batch_size * nproc):
-        batch = torch.arange(start, min(start + batch_size * nproc, length), dtype=torch.float32)
-        means += [part.mean().item() for part in batch.tensor_split(nproc) if len(part)]
-    everything = list(range(length))
-    expected = [
-        everything,
-        [str(number) for number in everything],
-        [number for number in everything for _ in range(3)],
-        means,
-        [3 * number for number in everything],
-    ]
-    assert ranks(metrics, length, batch_size, nproc=nproc) == [expected] * nproc
-
-
-def nested_loops(outer_length: int, inner_length: int) -> list[Any]:
-    accelerator = Accelerator(strategy="ddp")
-    outer, inner = accelerator.prepare(numbers(outer_length, 3), numbers(inner_length, 2))
-    taken: list[Any] = []
-    for (batch,) in outer:
-        values = []
-        for (other,) in inner:
-            values += accelerator.gather_for_metrics(other).tolist()
-        taken.append((accelerator.gather_for_metrics(batch).tolist(), values))
-    return taken
-
-
-@pytest.mark.parametrize(("outer", "inner"), [(12, 8), (6, 3), (10, 7)])
-def test_nested_loops_gather_each_their_own(ranks: RankPool, outer: int, inner: int) -> None:
-    batches = [part.tolist() for part in torch.arange(outer).split(6)]
-    assert ranks(nested_loops, outer, inner) == [[(batch, list(range(inner))) for batch in batches]] * 2
-
-
-def gather_late(length: int) -> list[int]:
-    accelerator = Accelerator(strategy="ddp")
-    loader = accelerator.prepare(numbers(length, 2))
-    kept = [batch for (batch,) in loader]
-    return sorted(accelerator.gather_for_metrics(torch.cat(kept)).tolist())
-
-
-def test_gathering_after_the_loop_is_right_or_refused(ranks: RankPool) -> None:
-    assert ranks(gather_late, 7) == [list(range(7))] * 2
-    for error in ranks(gather_late, 9, return_exceptions=True):
-        assert isinstance(error, DataError)
-        assert "Call it inside the loop, for each batch" in str(error)
-
-
-def facade_collectives() -> list[Any]:
-    accelerator = Accelerator(strategy="ddp")
-    rank = accelerator.process_index
-    value = torch.tensor([float(rank), 1.0])
-    return [
-        accelerator.gather(value).tolist(),
-        accelerator.reduce(value, "mean", scale=2.0).tolist(),
-        accelerator.broadcast({"rank": rank, "value": value})["value"].tolist(),
-        accelerator.pad_across_processes(value[: 1 + rank], pad_index=9).tolist(),
-        accelerator.wait_for_everyone(),
-    ]
-
-
-def test_collectives_of_the_facade(ranks: RankPool) -> None:
-    first, second = ranks(facade_collectives)
-    assert first == [[0, 1, 1, 1], [1, 2], [0, 1], [0, 9], None]
-    assert second == [[0, 1, 1, 1], [1, 2], [0, 1], [1, 1], None]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
@@ -361,3 +274,69 @@ def test_two_processes_exit_cleanly_every_time(fresh: FreshProcesses) -> None:
     for _ in range(10):
         for finished in fresh(TRAINING, nproc=2):
             assert (finished.returncode, finished.stdout, finished.stderr) == (0, "done\n", "")
+
+
+def outlive(how: str) -> list[int]:
+    first = Accelerator(strategy="ddp")
+    if how == "after the end":
+        first.gather(torch.ones(1))
+        first.end_training()
+        second = Accelerator(strategy="ddp")
+    else:
+        second = Accelerator(strategy="ddp")
+        if how == "forgotten":
+            del first
+            gc.collect()
+        else:
+            first.end_training()
+    return second.gather(torch.tensor(second.process_index)).tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["forgotten", "ended", "after the end"])
+def test_a_second_accelerator_outlives_the_first(ranks: RankPool, how: str) -> None:
+    assert ranks(outlive, how) == [[0, 1]] * 2
+
+
+class Broken(torch.utils.data.Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        raise ValueError("sample is broken")
+
+
+def recover_then_lose_a_peer() -> None:
+    accelerator = Accelerator(strategy="ddp")
+    with pytest.raises(ValueError, match="sample is broken"):
+        next(iter(accelerator.prepare(DataLoader(Broken()))))
+    accelerator.wait_for_everyone()
+    if accelerator.process_index == 1:
+        os._exit(0)
+    with pytest.raises(PeerLostError, match="cannot end: rank 1 left"):
+        accelerator.gather(torch.ones(1))
+
+
+def test_an_error_that_was_recovered_from_is_not_blamed_later(ranks: RankPool) -> None:
+    assert ranks(recover_then_lose_a_peer, return_exceptions=True)[0] is None
+
+
+def test_the_origin_of_an_option_is_known_under_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "accelerator.toml").write_text('[single]\ndevice = "cpu"\n')
+    monkeypatch.chdir(tmp_path)
+    row = Accelerator().explain()["strategy.device"]
+    assert (row.got, row.origin) == ("cpu", "accelerator.toml line 2")
+
+
+def test_a_default_of_a_strategy_given_as_a_class_is_a_default() -> None:
+    assert Accelerator(strategy=SingleDevice).explain()["strategy.device"].origin == "default"
+
+
+def test_use_after_the_end_is_an_error_of_ours(ranks: RankPool) -> None:
+    for error in ranks(use_after_the_end, return_exceptions=True):
+        assert type(error).__module__ == "strategies.errors", repr(error)
+
+
+def use_after_the_end() -> None:
+    accelerator = Accelerator(strategy="ddp")
+    accelerator.end_training()
+    accelerator.wait_for_everyone()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from accelerator.choice import check_world, choose_strategy, chosen_name
+from accelerator.choice import check_world, chosen_name
 from accelerator.config import Resolved, resolve_settings
 from strategies import CPU, DDP, LaunchError, SingleDevice, World
 
@@ -36,13 +36,14 @@ def test_auto_follows_the_launcher_and_a_name_is_kept(asked: str, environ: dict[
 
 def test_the_strategy_is_built_from_its_options() -> None:
     settings = resolved({}, environ={"ACCELERATOR_DDP__STATIC_GRAPH": "true"})
-    assert choose_strategy(settings, TWO) == DDP(static_graph=True)
-    assert choose_strategy(settings, {}) == SingleDevice()
+    assert settings.strategy_for(chosen_name(settings, TWO)) == DDP(static_graph=True)
+    assert settings.strategy_for(chosen_name(settings, {})) == SingleDevice()
 
 
 def test_an_instance_is_taken_as_it_is() -> None:
     strategy = CPU()
-    assert choose_strategy(resolved({"strategy": strategy}, environ={}), {}) is strategy
+    settings = resolved({"strategy": strategy}, environ={})
+    assert settings.strategy_for(chosen_name(settings, {})) is strategy
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class AlwaysTheFirst(DDP):
 
     def setup(self) -> World:
         world = super().setup()
-        return World(size=world.size, local_size=world.local_size, backend=world.backend, owns_process_group=True)
+        return World(size=world.size, local_size=world.local_size, backend=world.backend)
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def test_unequal_tensors_are_an_error_on_every_rank_naming_each(ranks: RankPool,
         assert "rank 0: " in str(error)
         assert "rank 1: " in str(error)
     if kind == "shape":
-        assert "rank 0: (2,) torch.float32; rank 1: (3,) torch.float32" in str(error)
+        assert "rank 0: (2,) float32; rank 1: (3,) float32" in str(error)
         assert "pad_across_processes" in str(error)
 
 
@@ -324,3 +324,63 @@ def end_or_gather() -> None:
     if world.rank == 1:
         os._exit(0)
     collectives.gather(torch.ones(1), world)
+
+
+def broadcast_every_dtype() -> list[Any]:
+    world = join()
+    received = [collectives.broadcast(torch.tensor([0, 1 + world.rank]).to(dtype), world) for dtype in DTYPES]
+    return [(tensor.dtype, tensor.to(torch.complex128).tolist()) for tensor in received]
+
+
+def test_every_dtype_is_broadcast(ranks: RankPool) -> None:  # int16, uint16, float8: "Invalid scalar type"
+    assert ranks(broadcast_every_dtype) == [[(dtype, [0, 1]) for dtype in DTYPES]] * 2
+
+
+def gather_conjugates() -> Any:
+    return collectives.gather(torch.tensor([1 + 2j]).conj(), join()).tolist()
+
+
+def test_lazy_conjugates_are_gathered(ranks: RankPool) -> None:
+    assert ranks(gather_conjugates) == [[1 - 2j, 1 - 2j]] * 2
+
+
+def reduce_layouts() -> Any:
+    world = join()
+    tensor = torch.arange(6.0).reshape(2, 3)
+    return collectives.reduce(tensor.T.contiguous().T if world.rank else tensor, world).tolist()
+
+
+def test_the_memory_layout_changes_no_sum(ranks: RankPool) -> None:
+    assert ranks(reduce_layouts) == [[[0, 2, 4], [6, 8, 10]]] * 2
+
+
+def gather_keys(operation: str) -> None:
+    world = join()
+    one, two = torch.ones(1), torch.full((1,), 2.0)
+    tree: Any = {"a": one, "b": two} if world.rank else {"b": two, "a": one}
+    if operation == "nesting":
+        tree = [one, two] if world.rank else [(one, two)]
+    gathered = collectives.gather(tree, world)
+    assert operation == "order"
+    assert gathered["a"].tolist() == [1, 1]
+
+
+def test_the_same_keys_in_another_order_are_not_mixed(ranks: RankPool) -> None:
+    for result in ranks(gather_keys, "order", return_exceptions=True):
+        assert result is None or isinstance(result, ShapeMismatchError), result
+
+
+def test_another_nesting_is_an_error_on_every_rank(ranks: RankPool) -> None:
+    for error in ranks(gather_keys, "nesting", return_exceptions=True):
+        assert isinstance(error, ShapeMismatchError), error
+
+
+def pad_numbers() -> None:
+    world = join()
+    collectives.pad_across_processes([torch.zeros(1 + world.rank)] * (1 + world.rank), world)
+    collectives.barrier(world)
+
+
+def test_padding_of_unequal_numbers_of_tensors_is_an_error_on_every_rank(ranks: RankPool) -> None:
+    for error in ranks(pad_numbers, timeout=15, return_exceptions=True):
+        assert isinstance(error, ShapeMismatchError), error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import pickle
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,39 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    TensorDataset,
-    WeightedRandomSampler,
 )
 
 from accelerator import Accelerator
+from datasets_of_numbers import Numbers
 from rank_pool import RankPool
 from strategies import DataError
-
-
-class Numbers(Dataset[Tensor]):
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.tensor(index)
-
-
-class Stream(IterableDataset[Tensor]):
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(torch.arange(float(self.length)).reshape(-1, 1))
 
 
 def epochs_of(length: int, num_epochs: int, split_batches: bool, options: dict[str, Any]) -> list[list[list[int]]]:
@@ -319,123 +295,6 @@ def unseeded() -> list[int]:
     return [sample for batch in loader for sample in accelerator.gather_for_metrics(batch).tolist()]
 
 
-class Forwards(SequentialSampler):
-    """A sampler of the user's own."""
-
-
-class Lengthless(Dataset[Tensor]):
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.zeros(1)
-
-
-def batched(sampler: Any) -> BatchSampler:
-    return BatchSampler(sampler, batch_size=2, drop_last=False)
-
-
-def make(kind: str) -> DataLoader[Any]:
-    data = Numbers(10)
-    makers: dict[str, Any] = {
-        "distributed": lambda: DataLoader(data, sampler=DistributedSampler(data, 2, 0)),
-        "distributed batches": lambda: DataLoader(
-            data, batch_sampler=BatchSampler(DistributedSampler(data, 2, 0), 2, False)
-        ),
-        "out of order": lambda: DataLoader(data, num_workers=1, in_order=False),
-        "empty": lambda: DataLoader(Numbers(0)),
-        "all dropped": lambda: DataLoader(data, batch_size=11, drop_last=True),
-        "no length": lambda: DataLoader(Lengthless(), sampler=SequentialSampler(data)),
-        "weighted": lambda: DataLoader(data, sampler=WeightedRandomSampler([1.0] * 10, 10)),
-        "replacement": lambda: DataLoader(data, sampler=RandomSampler(data, replacement=True)),
-        "some": lambda: DataLoader(data, sampler=RandomSampler(data, num_samples=4)),
-        "own sampler": lambda: DataLoader(data, sampler=Forwards(data)),
-        "own batches": lambda: DataLoader(data, batch_sampler=[[0, 1], [2]]),
-        "no batches": lambda: DataLoader(data, batch_size=None),
-        "stream": lambda: DataLoader(Stream(10), batch_size=2),
-    }
-    return makers[kind]()  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("distributed", "already has a DistributedSampler"),
-        ("distributed batches", "already has a DistributedSampler"),
-        ("out of order", "in_order=False lets workers hand batches over in any order"),
-        ("empty", "Numbers is empty"),
-        ("all dropped", "10 samples, fewer than one global batch of 11, and drop_last=True"),
-        ("no length", "Lengthless has no __len__"),
-    ],
-)
-def test_a_loader_that_cannot_be_right_is_refused(kind: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        Accelerator(strategy="cpu").prepare(make(kind))
-
-
-def prepare(kind: str) -> None:
-    Accelerator(strategy="ddp").prepare(make(kind))
-
-
-@pytest.mark.parametrize(
-    ("kind", "named"),
-    [
-        ("weighted", "WeightedRandomSampler"),
-        ("replacement", "RandomSampler"),
-        ("some", "RandomSampler"),
-        ("own sampler", "Forwards"),
-        ("own batches", "list"),
-        ("no batches", "a loader without automatic batches"),
-        ("stream", "the iterable dataset Stream"),
-    ],
-)
-def test_what_cannot_be_cut_yet_is_refused_on_two_ranks(ranks: RankPool, kind: str, named: str) -> None:
-    for error in ranks(prepare, kind, return_exceptions=True):
-        assert isinstance(error, DataError), error
-        assert f"{named} cannot be cut over 2 processes yet" in str(error)
-
-
-@pytest.mark.parametrize("kind", ["own sampler", "own batches", "no batches", "stream"])
-def test_on_one_process_any_loader_is_taken_as_it_is(kind: str) -> None:
-    loader = Accelerator(strategy="cpu").prepare(make(kind))
-    for _ in range(2):
-        assert [batch.tolist() for batch in loader] == [batch.tolist() for batch in make(kind)]
-
-
-@pytest.mark.parametrize("kind", ["stream", "own sampler"])
-def test_the_last_short_window_of_a_stream_is_right(kind: str) -> None:
-    """7 batches of 3, the last of 1, in windows of 3: steps equal to plain torch's on whole windows."""
-    data: Any = Stream(19) if kind == "stream" else TensorDataset(torch.arange(19.0).reshape(-1, 1))
-    sampler = None if kind == "stream" else Forwards(data)
-    samples = torch.arange(19.0).reshape(-1, 1)
-    plain = nn.Linear(1, 1, dtype=torch.float64)
-    model = nn.Linear(1, 1, dtype=torch.float64)
-    model.load_state_dict(plain.state_dict())
-    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3)
-    accelerator = Accelerator(strategy="cpu", gradient_accumulation_steps=3)
-    model, optimizer, loader = accelerator.prepare(
-        model, torch.optim.SGD(model.parameters(), lr=1e-3), DataLoader(data, batch_size=3, sampler=sampler)
-    )
-    for batch in loader:
-        inputs = (batch if kind == "stream" else batch[0]).double()
-        with accelerator.accumulate(model):
-            accelerator.backward((model(inputs) - 1).square().mean())
-            optimizer.step()
-            optimizer.zero_grad()
-    for window in samples.double().split(9):
-        (plain(window) - 1).square().mean().backward()  # type: ignore[no-untyped-call]  # torch
-        plain_optimizer.step()
-        plain_optimizer.zero_grad()
-    assert torch.allclose(model.weight, plain.weight, atol=1e-12)
-    assert torch.allclose(model.bias, plain.bias, atol=1e-12)
-
-
-def too_small_to_split() -> None:
-    Accelerator(strategy="ddp", split_batches=True).prepare(DataLoader(Numbers(9), batch_size=1))
-
-
-def test_fewer_samples_than_ranks_cannot_be_split(ranks: RankPool) -> None:
-    for error in ranks(too_small_to_split, return_exceptions=True):
-        assert "batch_size is 1 and split_batches=True, fewer than the 2 processes" in str(error)
-
-
 def test_batches_left_out_of_training_are_told() -> None:
     accelerator = Accelerator(strategy="cpu")
     model, loader = accelerator.prepare(nn.Linear(1, 1), DataLoader(Numbers(6), batch_size=2))
@@ -456,3 +315,27 @@ def test_pickling_gives_a_loader_that_can_be_prepared_again() -> None:
     again = Accelerator(strategy="cpu").prepare(copied)
     assert again.global_batch_size == 2
     assert [batch.tolist() for batch in again] == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("how", ["freed", "forgotten"])
+def test_persistent_workers_end_at_once_with_their_loader(how: str) -> None:
+    accelerator = Accelerator(strategy="cpu")
+    loader = accelerator.prepare(DataLoader(Numbers(8), batch_size=2, num_workers=2, persistent_workers=True))
+    list(loader)
+    start = time.monotonic()
+    del loader
+    if how == "freed":
+        accelerator.free_memory()
+    del accelerator
+    gc.collect()
+    assert time.monotonic() - start < 4
+
+
+def lengths_of_copies() -> tuple[int, int]:
+    original = DataLoader(Numbers(10), batch_size=2)
+    loader = Accelerator(strategy="ddp").prepare(original)
+    return len(original), len(pickle.loads(pickle.dumps(loader)))
+
+
+def test_pickling_gives_the_users_own_loader_on_two_ranks(ranks: RankPool) -> None:
+    assert ranks(lengths_of_copies) == [(5, 5)] * 2

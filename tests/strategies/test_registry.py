@@ -46,7 +46,8 @@ def test_an_unknown_name_without_a_near_one_is_answered_with_all() -> None:
         ("strategies.ddp:Nothing", "has no attribute 'Nothing'"),
         ("strategies.ddp:join", "expected a subclass of Strategy"),
         ("pathlib:Path", "expected a subclass of Strategy"),
-        ("strategies.ddp:", "cannot be imported"),
+        ("strategies.ddp:", "with both parts"),
+        (":DDP", "with both parts"),
     ],
 )
 def test_a_path_that_leads_to_no_strategy_is_refused(path: str, reason: str) -> None:

@@ -92,7 +92,7 @@ def teardown_and_again(strategy: Strategy) -> None:
             raise Broken(
                 "the teardown() of a second Accelerator destroyed the process group that the first one works with",
                 expected="the group to be left by the one whose setup() made it",
-                advice="World.owns_process_group is for that: False where setup() found a group. teardown() asks it.",
+                advice="Join and leave with strategies.process_group.join and leave: they count who is still in it.",
             )
         _compare_rounds(first, _train(loop), "after another Accelerator joined and left")
     if dist.is_initialized() != joined_before:
