@@ -100,9 +100,8 @@ def test_weigh_by_tokens(nproc: int) -> None:
     assert unweighted > 100
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_train_a_gan(nproc: int) -> None:
-    output = run_example("train_a_gan", nproc)
+def test_train_a_gan() -> None:
+    output = run_example("train_a_gan", 2)
     assert "steps G 960  D 960" in output
     before, after = re.findall(r"ring: ([\d.]+) before, ([\d.]+) after", output)[0]
     assert float(after) < float(before) / 3
