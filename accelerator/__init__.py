@@ -14,6 +14,7 @@ if _Path(_strategies.__file__ or "").parent.parent != _Path(__file__).parent.par
 from strategies import CPU, DDP, AcceleratorError, SingleDevice, Strategy
 
 from .accelerator import Accelerator
+from .config import NOT_GIVEN
 
-__all__ = ["CPU", "DDP", "Accelerator", "AcceleratorError", "SingleDevice", "Strategy"]
+__all__ = ["CPU", "DDP", "NOT_GIVEN", "Accelerator", "AcceleratorError", "SingleDevice", "Strategy"]
 __version__ = "0.1.0"

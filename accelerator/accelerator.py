@@ -18,11 +18,10 @@ from torch.utils.data import DataLoader
 
 from strategies import Precision, Strategy, World, clipping, collectives
 from strategies.accumulation import Accumulation
-from strategies.errors import DataError, PrepareError, StepError
+from strategies.errors import DataError, PrepareError
 from strategies.prepared import View, prepare
 from strategies.sources import Cursor
 from strategies.tree import num_samples
-from strategies.window import Window
 
 from . import processes
 from .batch_arithmetic import BatchArithmetic
@@ -85,7 +84,6 @@ class Accelerator:
         precision.check(self._world.device)
         self._arithmetic = BatchArithmetic(self._resolved, self._world)
         self._accumulation = Accumulation(self._strategy, self._world, precision, self._arithmetic.steps_for)
-        self._windows: dict[tuple[nn.Module, ...], Window] = {}
         self._trigger = False
         self._seeded_apart = False
         if self._settings.seed is not None:
@@ -105,7 +103,6 @@ class Accelerator:
             raise PrepareError("prepare() got nothing; expected models, optimizers, schedulers or dataloaders")
         seed = self._settings.seed
         prepared = prepare(objects, self._accumulation, split_batches=self._settings.split_batches, seed=seed)
-        self._windows.clear()
         self._arithmetic.add([item for item in prepared if isinstance(item, DataLoader)])
         if seed is not None and not self._seeded_apart and self._accumulation.models:
             self._seeded_apart = True
@@ -121,11 +118,7 @@ class Accelerator:
         models with windows of their own do not get gradients from each other's losses. `loader` says which
         prepared loader the micro-batch comes from, where two are open at once.
         """
-        window = self._windows.get(models)
-        if window is None:
-            links = [self._link(model) for model in models]
-            window = self._windows[models] = self._accumulation.window(links)
-        return window.on(loader)
+        return self._accumulation.window(models).on(loader)
 
     def backward(self, loss: Tensor, *, weight: float | Tensor | None = None, **arguments: Any) -> None:
         """Backward of `loss`, a scalar: the mean over the samples of this micro-batch on this rank.
@@ -146,7 +139,7 @@ class Accelerator:
         """Keep the gradients of `models` local to this rank, for a loop that does its own accumulation."""
         with ExitStack() as contexts:
             for model in models:
-                contexts.enter_context(self._strategy.no_sync(self._link(model).wrapped))
+                contexts.enter_context(self._strategy.no_sync(self._accumulation.link(model).wrapped))
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -329,7 +322,7 @@ class Accelerator:
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
         """The user's own module behind a prepared one; a module that was not prepared is returned as it is."""
-        return self._link(model).original if isinstance(model, View) else model
+        return self._accumulation.link(model).original if isinstance(model, View) else model
 
     def explain(self) -> Explanation:
         """What was asked and what runs, every setting with its origin. Print it; not a collective."""
@@ -337,7 +330,6 @@ class Accelerator:
 
     def free_memory(self) -> None:
         """Let go of everything prepared, and return cached device memory. What was prepared is unusable after."""
-        self._windows.clear()
         self._accumulation.release()
         gc.collect()
         if self._world.device.type != "cpu":
@@ -345,16 +337,7 @@ class Accelerator:
 
     def end_training(self) -> None:
         """Let go of everything prepared and leave the process group. Every rank; done at exit otherwise."""
-        self._windows.clear()
         self._finalizer()
-
-    def _link(self, model: nn.Module) -> Any:
-        for link in self._accumulation.models:
-            if isinstance(model, View) and model._link is link:
-                return link
-        raise StepError(
-            f"{type(model).__name__} was not prepared by this Accelerator. Use the model that prepare() returned."
-        )
 
 
 def _had_ghosts(cursor: Cursor, world: World) -> bool:

@@ -72,8 +72,8 @@ class BatchArithmetic:
             )
         below = wanted // batch * batch
         nearest = f"{below} or {below + batch}" if below else str(batch)
+        takers = f"{self._world.size} processes take" if self._world.size > 1 else "one process takes"
         raise ConfigurationError(
-            f"global_batch_size is {wanted} ({self._origin}); expected a multiple of {batch}, the samples that "
-            f"{self._world.size} process{'es' if self._world.size > 1 else ''} take at a time. The nearest that fit: "
-            f"{nearest}. Or change the loader's batch_size."
+            f"global_batch_size is {wanted} ({self._origin}); expected a multiple of {batch}, what {takers} "
+            f"at a time. The nearest that fit: {nearest}. Or change the loader's batch_size."
         )

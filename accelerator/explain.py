@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from strategies import Strategy
+from strategies import Strategy, World
 from strategies.accumulation import Accumulation
 
 from .batch_arithmetic import BatchArithmetic
@@ -57,7 +57,7 @@ def explain(resolved: Resolved, name: str, accumulation: Accumulation, arithmeti
             "processes",
             str(settings.launch.nproc_per_node or ""),
             f"{world.size}, this is rank {world.rank}"
-            + (f", over {world.backend}" if world.backend else ", no process group"),
+            + (f", over {_backend(world)}" if world.backend else ", no process group"),
             origins["launch.nproc_per_node"],
         ),
         Row(
@@ -74,6 +74,12 @@ def explain(resolved: Resolved, name: str, accumulation: Accumulation, arithmeti
         *(Row(f"loader {index}", "", _loader(link), "") for index, link in enumerate(accumulation.loaders)),
     ]
     return Explanation(tuple(rows))
+
+
+def _backend(world: World) -> str:
+    """The backend for this device, of a list such as "cpu:gloo,cuda:nccl"."""
+    by_device = dict(part.split(":") for part in str(world.backend).split(",") if ":" in part)
+    return by_device.get(world.device.type, str(world.backend))
 
 
 def _arithmetic(resolved: Resolved, arithmetic: BatchArithmetic) -> list[Row]:

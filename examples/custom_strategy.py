@@ -40,7 +40,7 @@ class AverageByHand(Strategy):
         return join("auto", None, timedelta(seconds=self.timeout_seconds))
 
     def teardown(self, world):
-        leave(world)
+        leave()
 
     def wrap(self, model, world, precision):
         model.to(world.device)

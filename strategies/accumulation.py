@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Strategy
 from .errors import StepError
 from .precision import Precision
+from .prepared.view import View
+from .scaling import LossScaler
 from .sources import Cursor, Sources
 from .window import Window
 from .world import World
@@ -42,22 +44,40 @@ class Accumulation:
         self.current: Window | None = None  # the window whose micro-batch is open
         self.latest: Window | None = None
         self.step_was_skipped = False
-        self._windows: dict[tuple[ModelLink, ...], Window] = {}
+        self._windows: dict[tuple[nn.Module, ...], Window] = {}  # by the models as they are given
+        self._shared: dict[tuple[ModelLink, ...], Window] = {}
+        self._scalers: dict[tuple[ModelLink, ...], LossScaler] = {}
 
-    def window(self, models: Sequence[ModelLink] = ()) -> Window:
-        """The window of these models; of all prepared models without any."""
-        key = tuple(models) or tuple(self.models)
-        window = self._windows.get(key)
+    def window(self, models: tuple[nn.Module, ...] = ()) -> Window:
+        """The window of these prepared models; of all of them without any."""
+        window = self._windows.get(models)
         if window is None:
-            window = self._windows[key] = self._make_window(key)
+            links = tuple(self.link(model) for model in models) or tuple(self.models)
+            window = self._windows[models] = self._shared.get(links) or self._make_window(links)
         return window
 
+    def link(self, model: nn.Module) -> ModelLink:
+        """What a prepared model knows. Raises `StepError` for one that was not prepared here."""
+        if isinstance(model, View):
+            known: ModelLink = model._link
+            if known in self.models:
+                return known
+        raise StepError(
+            f"{type(model).__name__} was not prepared by this Accelerator. Use the model that prepare() returned."
+        )
+
     def forget_windows(self) -> None:
-        """Group models anew, because more were prepared. Raises `StepError` inside an open window."""
-        open_windows = [window for window in self._windows.values() if not window.closing]
-        if open_windows or self.current is not None:
-            raise StepError("prepare() was called inside an open accumulation window. Prepare before the loop.")
+        """Group models anew, because more were prepared. Raises `StepError` inside an open window.
+
+        Loss scales stay with their models.
+        """
+        if self.current is not None or any(not window.closing for window in self._shared.values()):
+            raise StepError(
+                "models or parameters were added inside an open accumulation window. Add them before the loop, or "
+                "between windows (accelerator.sync_gradients is true there)."
+            )
         self._windows.clear()
+        self._shared.clear()
 
     def finish(self, parameters: Sequence[Tensor]) -> bool:
         """Make the gradients of `parameters` ready to be clipped. False while their window is open.
@@ -82,7 +102,8 @@ class Accumulation:
         """Let go of everything prepared, so that it can be freed before the process group is left."""
         for model in self.models:
             model.release()
-        self._windows.clear()
+        for windows in (self._windows, self._shared, self._scalers):
+            windows.clear()
         for held in (self.models, self.optimizers, self.loaders, self.given):
             held.clear()
         self.current = self.latest = None
@@ -120,4 +141,7 @@ class Accumulation:
                     f"{type(optimizer.original).__name__} also holds parameters of {named}, which accumulate() does "
                     "not name. Name every model that one optimizer trains: accumulate(encoder, decoder)."
                 )
-        return Window(self, models)
+        if self.precision.scales_loss:
+            self._scalers.setdefault(models, LossScaler(self.world))
+        window = self._shared[models] = Window(self, models, self._scalers.get(models))
+        return window

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import gradient_compression
 from .base import Strategy
 from .errors import ConfigurationError, PrepareError
 from .precision import Precision
@@ -94,7 +95,7 @@ class DDP(Strategy):
             gradient_as_bucket_view=self.gradient_as_bucket_view,
             bucket_cap_mb=self.bucket_cap_mb,
         )
-        self._register_comm_hook(wrapped)
+        gradient_compression.register(wrapped, self.comm_hook, rank=self.power_sgd_rank, start=self.power_sgd_start)
         if self.init_sync:
             self.reduce_gradients([wrapped], world)
         return wrapped
@@ -152,28 +153,3 @@ class DDP(Strategy):
             "see only each rank's samples: other numbers than on one. Choose DDP(batch_norm='sync') (accelerators), "
             "DDP(batch_norm='local') to accept it, or use GroupNorm."
         )
-
-    def _register_comm_hook(self, wrapped: DistributedDataParallel) -> None:
-        if self.comm_hook == "none":
-            return
-        if self.comm_hook == "power_sgd":
-            from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
-
-            state = powerSGD_hook.PowerSGDState(
-                process_group=None,
-                matrix_approximation_rank=self.power_sgd_rank,
-                start_powerSGD_iter=self.power_sgd_start,
-            )
-            wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        else:
-            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[self.comm_hook]
-            wrapped.register_comm_hook(dtype, _compress_hook)
-
-
-def _compress_hook(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket of gradients in `dtype`. torch's own bfloat16 hook works with nccl alone."""
-    gradients = bucket.buffer()
-    compressed = gradients.to(dtype).div_(dist.get_world_size())
-    work = dist.all_reduce(compressed, async_op=True).get_future()
-    averaged: torch.futures.Future[torch.Tensor] = work.then(lambda future: gradients.copy_(future.value()[0]))
-    return averaged

@@ -20,8 +20,7 @@ class LossScaler:
     def __init__(self, world: World) -> None:
         self._world = world
         self._scaler = torch.amp.GradScaler(world.device.type)
-        self._update_due = False
-        self._overflowed: dict[Optimizer, Tensor] = {}
+        self._overflowed: dict[Optimizer, Tensor] = {}  # the verdict on each optimizer's window
 
     def scale(self, loss: Tensor) -> Tensor:
         """`loss` times the scale, for backward."""
@@ -45,17 +44,16 @@ class LossScaler:
 
     def step(self, optimizer: Optimizer) -> bool:
         """Step `optimizer` if its gradients are finite, on all ranks. Returns whether it stepped."""
-        self._update_due = True
-        if self._overflowed.pop(optimizer).item():
+        if self._overflowed[optimizer].item():
             return False
         optimizer.step()
         return True
 
     def begin_window(self) -> None:
-        """Take the new scale, if the last window was used."""
-        if self._update_due:
+        """Take the new scale, if the last window's gradients were looked at."""
+        if self._overflowed:
             self._scaler.update()
-            self._update_due = False
+            self._overflowed.clear()
 
     @property
     def value(self) -> float:
@@ -70,5 +68,5 @@ class LossScaler:
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         """Continue with the scale and growth of `state`."""
-        self._update_due = False
+        self._overflowed.clear()
         self._scaler.load_state_dict(state)

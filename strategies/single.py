@@ -35,7 +35,7 @@ class SingleDevice(Strategy):
         placement = read_environment(os.environ)
         if placement.size > 1:
             raise LaunchError(
-                f"{type(self).__name__} trains in one process, but {placement.launcher} started {placement.size}. "
+                f"{type(self).__name__} trains in one process, but {placement.size} were started. "
                 "Use strategy='ddp' (or 'auto'), or start one process."
             )
         return World(device=pick_device(self.device, 0))

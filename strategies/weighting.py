@@ -73,7 +73,6 @@ class Weighting:
         self._explicit = explicit
         if not again:
             self._sum = self._sum + known
-            self._last = known
         if self._reference is None:  # nothing has weighed anything yet, on any rank
             return 0.0
         return known * self._world.size / self._reference
@@ -114,6 +113,7 @@ class Weighting:
                 f"backward() got weight={weight} after weight={self._last} in the same micro-batch. The losses of one "
                 "micro-batch share its weight: add them up, or put each in an accumulate() of its own."
             )
+        self._last = weight
         if not self._deferred:  # alone in its window: a mean over itself, whatever it counts
             self._reference = 1.0
             return float(weight > 0) if isinstance(weight, float) else (weight > 0).to(weight)

@@ -29,11 +29,11 @@ _log = logging.getLogger("accelerator")
 class Window:
     """The window of one group of models. Entering it opens a micro-batch; leaving it ends that one."""
 
-    def __init__(self, accumulation: Accumulation, models: Sequence[ModelLink]) -> None:
+    def __init__(self, accumulation: Accumulation, models: Sequence[ModelLink], scaler: LossScaler | None) -> None:
         self.accumulation = accumulation
         self.models = tuple(models)
         self.optimizers = accumulation.optimizers_of(models)
-        self.scaler = LossScaler(accumulation.world) if accumulation.precision.scales_loss else None
+        self.scaler = scaler
         self.closing = True  # the micro-batch that is open, or was last, ends the window
         self.count = 0  # micro-batches of this window that have ended
         self.num_backward = 0  # backward calls in the micro-batch that is open, or was last
@@ -41,7 +41,8 @@ class Window:
         self._finished: set[OptimizerLink] = set()
         self._weighting = Weighting(accumulation.world)
         self._correction: float | Tensor | None = None
-        self._steps = 1
+        self.steps = 1  # micro-batches of a full window
+        self._num_forward = 0  # forward calls of the models before the last backward
         self._cursor: Cursor | None = None
         self._first_index = -1
         self._loader: DataLoader[Any] | None = None
@@ -69,7 +70,7 @@ class Window:
             self._weighting.leave_plan()  # a skipped batch, a part of one, another loader
         self._cursor = cursor
         self.num_backward = 0
-        self.closing = self.count + 1 >= self._steps or (cursor is not None and cursor.is_last)
+        self.closing = self.count + 1 >= self.steps or (cursor is not None and cursor.is_last)
         if not self.closing:
             self._contexts = [accumulation.strategy.no_sync(model.wrapped) for model in self.models]
             for context in self._contexts:
@@ -116,7 +117,9 @@ class Window:
     def backward(self, loss: Tensor, weight: float | Tensor | None, arguments: dict[str, Any]) -> None:
         """Run backward of `loss`, a mean over the samples of this micro-batch, with its weight in the window."""
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise StepError(_what_is_wrong(loss))
+            raise StepError(_what_is_wrong(loss, bool(self._frozen)))
+        if self.closing and self.accumulation.world.size > 1:
+            self._check_forward()
         factor = self._weighting.factor(self._cursor, weight, again=self.num_backward > 0)
         self.num_backward += 1
         try:
@@ -134,6 +137,16 @@ class Window:
             if lost is None:
                 raise
             raise lost from error
+
+    def _check_forward(self) -> None:
+        """DistributedDataParallel synchronises one backward per forward; the gradient of more would stay local."""
+        num_forward = sum(model.num_forward for model in self.models)
+        if self.num_backward and num_forward == self._num_forward:
+            raise StepError(
+                "backward() ran twice without a forward in between, in the micro-batch that synchronises ranks: they "
+                "would keep the second gradient each for itself. Add the losses up and call backward() once."
+            )
+        self._num_forward = num_forward
 
     def finish(self, optimizer: OptimizerLink) -> None:
         """Make the optimizer's gradients those of the window's mean loss: reduce, rescale, unscale. Once a window."""
@@ -164,7 +177,7 @@ class Window:
     def _begin(self, cursor: Cursor | None, steps: int) -> None:
         if self.scaler is not None:
             self.scaler.begin_window()
-        self._steps = steps
+        self.steps = steps
         self._first_index = cursor.index if cursor is not None else -1
         self._weighting.begin(cursor, steps)
         self._correction = None
@@ -211,11 +224,16 @@ class Window:
             model.bypass = False
 
 
-def _what_is_wrong(loss: Any) -> str:
+def _what_is_wrong(loss: Any, frozen: bool) -> str:
     if not isinstance(loss, Tensor):
         return f"loss is {type(loss).__name__}; expected a scalar tensor with a gradient"
     if loss.numel() != 1:
         return f"loss has shape {tuple(loss.shape)}; expected a scalar: the mean over the samples of this micro-batch"
+    if frozen:
+        return (
+            "loss carries no gradient. Is it a loss of a model that accumulate() does not name? Name all that it "
+            "trains: accumulate(first, second)."
+        )
     return (
         "loss carries no gradient. Was it detached, computed under torch.no_grad(), or by a model without "
         "trainable parameters?"

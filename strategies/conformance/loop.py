@@ -103,7 +103,7 @@ class Loop:
 
     def accumulate(self, *models: nn.Module) -> Window:
         """The next micro-batch of these models' window; of all models without any."""
-        return self.accumulation.window([_link(model) for model in models]).on(None)
+        return self.accumulation.window(models).on(None)
 
     def backward(self, loss: Tensor, weight: float | Tensor | None = None) -> None:
         """Backward of a mean loss, weighted in its window."""

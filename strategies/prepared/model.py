@@ -40,6 +40,7 @@ class ModelLink:
     def __init__(self, original: nn.Module, accumulation: Accumulation) -> None:
         self.original = original
         self.accumulation = accumulation
+        self.num_forward = 0  # forward calls that recorded gradients
         self.bypass = False  # whether calls go past the wrapper, because another window is open
         self._names = {id(parameter): (name, ref(parameter)) for name, parameter in original.named_parameters()}
         strategy, world, precision = accumulation.strategy, accumulation.world, accumulation.precision
@@ -52,7 +53,11 @@ class ModelLink:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Without gradients there is nothing to synchronise, and ranks may call as often as they like.
-        module = self.original if self.bypass or not torch.is_grad_enabled() else self.wrapped
+        if self.bypass or not torch.is_grad_enabled():
+            module = self.original
+        else:
+            module = self.wrapped
+            self.num_forward += 1
         if not self._autocast:
             return module(*args, **kwargs)
         accumulation = self.accumulation

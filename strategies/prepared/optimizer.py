@@ -62,7 +62,9 @@ class PreparedOptimizer(View):
         """Add parameters of models that are prepared."""
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
-        self._link.original.add_param_group({**param_group, "params": self._link.adopt(params)})
+        link = self._link
+        link.accumulation.forget_windows()  # this optimizer may belong to other models' windows from now on
+        link.original.add_param_group({**param_group, "params": link.adopt(params)})
 
 
 class OptimizerLink:
@@ -115,6 +117,11 @@ class OptimizerLink:
         if current is None:
             accumulation.strategy.mark_step(accumulation.world)
         return None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the last step was held back or skipped, or its window is open."""
+        return self.last_call in ("held", "skipped") or (self.window is not None and not self.window.closing)
 
     def may_zero(self) -> bool:
         """Whether this optimizer's gradients belong to no open window."""
@@ -173,7 +180,7 @@ class OptimizerLink:
         reason = None
         if accumulation.world.size > 1:
             reason = f"on {accumulation.world.size} processes each would decide by its own loss"
-        elif window is not None and not (window.closing and window.count == 0):
+        elif window is not None and window.steps > 1:
             reason = "a window of several micro-batches cannot be computed again"
         elif accumulation.precision.scales_loss:
             reason = "the float16 loss scale does not support it"

@@ -36,7 +36,7 @@ class SchedulerLink:
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Follow the optimizer. A call after no optimizer step at all is passed on, as torch would."""
         optimizer = self.optimizer
-        if optimizer.num_steps == self._num_followed and optimizer.last_call in ("held", "skipped"):
+        if optimizer.num_steps == self._num_followed and optimizer.is_held:
             return
         self._num_followed = optimizer.num_steps
         if isinstance(self.original, ReduceLROnPlateau):

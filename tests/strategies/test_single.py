@@ -18,7 +18,7 @@ def test_the_world_of_one_process() -> None:
 def test_each_of_several_processes_would_train_alone(ranks: RankPool, strategy: str) -> None:
     for error in ranks(construct, strategy, return_exceptions=True):
         assert isinstance(error, LaunchError)
-        assert "trains in one process, but torchrun started 2. Use strategy='ddp'" in str(error)
+        assert "trains in one process, but 2 were started. Use strategy='ddp'" in str(error)
 
 
 def construct(strategy: str) -> None:

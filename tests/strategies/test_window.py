@@ -440,7 +440,7 @@ def test_preparing_inside_an_open_window_is_refused() -> None:
     accelerator, model, optimizer, loader = prepared(Case(steps=2))
     x, y, _ = next(iter(loader))
     step(accelerator, model, optimizer, x, y)
-    with pytest.raises(StepError, match=r"prepare\(\) was called inside an open accumulation window"):
+    with pytest.raises(StepError, match=r"added inside an open accumulation window"):
         accelerator.prepare(nn.Linear(2, 2))
 
 

@@ -174,6 +174,9 @@ def train_prepared(case: Case, strategy: Any = None) -> Run:
     def update() -> Tensor | None:
         norm = None if case.clip is None else accelerator.clip_grad_norm_(model.parameters(), case.clip)
         optimizer.step()
+        if case.scheduler == "inside":
+            scheduler.step()
+        zero(case, model, optimizer)
         return norm
 
     for _ in range(case.epochs):
@@ -188,14 +191,8 @@ def train_prepared(case: Case, strategy: Any = None) -> Run:
                 accelerator.backward(loss, weight=weight)
                 if case.step == "inside":
                     norm = update()
-                    if case.scheduler == "inside":
-                        scheduler.step()
-                    zero(case, model, optimizer)
             if case.step == "outside":
                 norm = update()
-                if case.scheduler == "inside":
-                    scheduler.step()
-                zero(case, model, optimizer)
             if case.scheduler == "outside":
                 scheduler.step()
             if accelerator.sync_gradients:
