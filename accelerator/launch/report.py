@@ -72,12 +72,15 @@ def _read(rank: int, failure: ProcessFailure, noticed: int) -> Failure:
     if not isinstance(message, dict):  # no error file: a signal, sys.exit, or a crash of the interpreter
         return Failure(rank, failure.exitcode, noticed, float(failure.timestamp + 1))
     extra = message["extraInfo"]
+    follow_up = extra.get("follow_up", False)
+    # A process that wrote of its own fault and was still on its way out when the agent ended the rest.
+    on_its_way = failure.exitcode == -signal.SIGTERM and not follow_up
     return Failure(
         rank=rank,
-        exit_code=failure.exitcode,
+        exit_code=1 if on_its_way else failure.exitcode,
         noticed=noticed,
         seconds=extra.get("timestamp_ns", failure.timestamp * 10**9) / 10**9,
         summary=message["message"].splitlines()[0][:200],
         traceback=extra["py_callstack"],
-        follow_up=extra.get("follow_up", False),
+        follow_up=follow_up,
     )

@@ -8,7 +8,8 @@ once; one that fails because a peer went away leaves printing to the launcher.
 
 import sys
 
-if not getattr(sys.flags, "safe_path", False):  # before any other import: this directory must not shadow modules
+# Before any other import: this file's directory must not shadow modules.
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
     del sys.path[0]
 
 # Only what a script that does not fail needs; the rest is imported in the functions below.
@@ -113,7 +114,7 @@ def main() -> None:
     how, target = sys.argv[1:3]
     del sys.argv[:2]
     folder = os.getcwd() if how == "module" else os.path.dirname(os.path.realpath(target))
-    if not getattr(sys.flags, "safe_path", False):
+    if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, folder)
     try:
         if how == "module":
