@@ -116,6 +116,20 @@ class Sources:
         cursor.grad_enabled = torch.is_grad_enabled()
         self._latest = cursor
 
+    def take(self, loader: DataLoader[Any] | None = None) -> Cursor | None:
+        """The pass that `training` finds, its batch noted as trained on. Collective for the first batch of a pass."""
+        opened = self._open
+        if loader is None and len(opened) == 1 and opened[0].grad_enabled:
+            cursor: Cursor | None = opened[0]  # the usual loop, without the search
+        else:
+            cursor = self.training(loader)
+        if cursor is not None and cursor.last_trained != cursor.index:
+            if not cursor.verified:
+                self.verify(cursor)
+            cursor.last_trained = cursor.index
+            cursor.num_trained += 1
+        return cursor
+
     def training(self, loader: DataLoader[Any] | None = None) -> Cursor | None:
         """The pass whose batch the loop is training on; `None` if it comes from no prepared loader.
 
@@ -166,14 +180,6 @@ class Sources:
     def is_open(self, cursor: Cursor) -> bool:
         """Whether the loop is still inside this pass."""
         return cursor in self._open
-
-    def train(self, cursor: Cursor) -> None:
-        """Note that the loop trains on the batch that it holds. Collective for the first batch of a pass."""
-        if not cursor.verified:
-            self.verify(cursor)
-        if cursor.last_trained != cursor.index:
-            cursor.last_trained = cursor.index
-            cursor.num_trained += 1
 
     def verify(self, cursor: Cursor) -> None:
         """Check once per pass that every rank is at the same place of it. Collective; raises `DataError`."""

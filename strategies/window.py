@@ -34,6 +34,8 @@ class Window:
         self.models = tuple(models)
         self.optimizers = accumulation.optimizers_of(models)
         self.scaler = scaler
+        self._synchronises = accumulation.world.size > 1
+        self._has_others = len(accumulation.models) > len(models)
         self.closing = True  # the micro-batch that is open, or was last, ends the window
         self.count = 0  # micro-batches of this window that have ended
         self.num_backward = 0  # backward calls in the micro-batch that is open, or was last
@@ -61,9 +63,7 @@ class Window:
                 "accumulate() was entered inside another accumulate(). Leave the first one before, "
                 "or name the models of both in one: accumulate(generator, discriminator)."
             )
-        cursor = accumulation.sources.training(self._loader)
-        if cursor is not None:
-            accumulation.sources.train(cursor)
+        cursor = accumulation.sources.take(self._loader)
         if self.closing:
             self._begin(cursor, accumulation.steps_for(cursor))
         elif cursor is not self._cursor or (cursor is not None and cursor.index != self._first_index + self.count):
@@ -71,13 +71,14 @@ class Window:
         self._cursor = cursor
         self.num_backward = 0
         self.closing = self.count + 1 >= self.steps or (cursor is not None and cursor.is_last)
-        if not self.closing:
+        if not self.closing and self._synchronises:
             self._contexts = [accumulation.strategy.no_sync(model.wrapped) for model in self.models]
             for context in self._contexts:
                 context.__enter__()
-        if len(accumulation.models) > len(self.models):
+        if self._has_others:
             self._freeze_others()
-        self._become_latest()
+        if accumulation.latest is not self:
+            self._become_latest()
         accumulation.current = self
         return self
 
@@ -86,9 +87,10 @@ class Window:
     ) -> None:
         accumulation = self.accumulation
         accumulation.current = None
-        if not self.closing:
+        if self._contexts:
             for context in self._contexts:
                 context.__exit__(None, None, None)
+            self._contexts = []
         if self._frozen:
             self._thaw_others()
         if error is not None:
@@ -104,9 +106,7 @@ class Window:
 
         Several backwards before one step share it: they are losses of the same batch.
         """
-        cursor = self.accumulation.sources.training()
-        if cursor is not None:
-            self.accumulation.sources.train(cursor)
+        cursor = self.accumulation.sources.take()
         same_batch = cursor is self._cursor and (cursor is None or cursor.index == self._first_index)
         if self.stepped or self.num_backward == 0 or not same_batch:
             self._begin(cursor, 1)
@@ -118,7 +118,7 @@ class Window:
         """Run backward of `loss`, a mean over the samples of this micro-batch, with its weight in the window."""
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise StepError(_what_is_wrong(loss, bool(self._frozen)))
-        if self.closing and self.accumulation.world.size > 1:
+        if self._synchronises and self.closing:
             self._check_forward()
         factor = self._weighting.factor(self._cursor, weight, again=self.num_backward > 0)
         self.num_backward += 1
@@ -153,10 +153,11 @@ class Window:
         if optimizer in self._finished:
             return
         if not self._finished:
-            accumulation = self.accumulation
-            with named_failures(accumulation.world):
-                accumulation.strategy.reduce_gradients([model.wrapped for model in self.models], accumulation.world)
-                self._correction = self._weighting.correction()
+            if self._synchronises:
+                with named_failures(self.accumulation.world):
+                    self._reduce()
+            else:
+                self._reduce()
         self._finished.add(optimizer)
         if self._correction is None and self.scaler is None:
             return
@@ -166,13 +167,22 @@ class Window:
         if self.scaler is not None:
             self.scaler.unscale(optimizer.original, has_gradients=bool(gradients))
 
-    def may_zero(self, stepped: bool) -> bool:
-        """Whether gradients may be zeroed now: at the start of a window, after its step, or to discard it all."""
-        if self.accumulation.current is not self:
-            return self.closing
-        if self.count == 0 and self.num_backward == 0:
+    def _reduce(self) -> None:
+        accumulation = self.accumulation
+        accumulation.strategy.reduce_gradients([model.wrapped for model in self.models], accumulation.world)
+        self._correction = self._weighting.correction()
+
+    def may_zero(self, optimizers: Sequence[OptimizerLink]) -> bool:
+        """Whether gradients of `optimizers` may be zeroed now.
+
+        At the start of a window, after the step of any of them, or to discard it all once it closes.
+        """
+        is_open = self.accumulation.current is self
+        if is_open and self.count == 0 and self.num_backward == 0:
             return True
-        return self.closing and (stepped or self.num_backward > 0)
+        if not self.closing or not is_open or self.num_backward > 0:
+            return self.closing
+        return any(optimizer in self.stepped for optimizer in optimizers)
 
     def _begin(self, cursor: Cursor | None, steps: int) -> None:
         if self.scaler is not None:

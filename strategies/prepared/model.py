@@ -85,7 +85,7 @@ class ModelLink:
     def may_zero(self) -> bool:
         """Whether no window of this model is open."""
         windows = {id(optimizer.window): optimizer.window for optimizer in self.optimizers}
-        return all(window is None or window.may_zero(bool(window.stepped)) for window in windows.values())
+        return all(window is None or window.may_zero(window.optimizers) for window in windows.values())
 
     @property
     def optimizers(self) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -27,19 +26,10 @@ class _GatedStep:
     hooked = True  # tells Optimizer.__setstate__ not to wrap it: the user's own step has its profiling hook
 
     def __get__(self, view: Any, owner: type | None = None) -> Any:
-        return self if view is None else MethodType(_gated_step, view)
+        return self if view is None else view._link.step
 
     def __set__(self, view: Any, step: Callable[..., Any]) -> None:
         view._link.original.step = step
-
-
-def _gated_step(view: Any, closure: Callable[[], Any] | None = None) -> Any:
-    return view._link.step(closure)
-
-
-# Tells a scheduler that is built from the view not to put its own wrapper over the gate: the wrapper only
-# sets `_opt_called`, which `OptimizerLink` does too.
-_gated_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 class PreparedOptimizer(View):
@@ -51,8 +41,9 @@ class PreparedOptimizer(View):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients, except of an accumulation window that is still open."""
-        if self._link.may_zero():
-            self._link.original.zero_grad(set_to_none)
+        link = self._link
+        if link.window is None or link.window.may_zero((link,)):
+            link.original.zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load into the user's optimizer, which shares its state with this view."""
@@ -96,12 +87,12 @@ class OptimizerLink:
             )
         if closure is not None:
             return self._step_with(closure, window)
-        if window is None or (window.num_backward == 0 and window.closing and window.count == 0):
+        if window is not None and not window.closing:
+            self.last_call = "held"
+            return None
+        if window is None or (window.num_backward == 0 and window.count == 0):
             self._refuse_foreign_gradients()
             self.original.step()
-            return None
-        if not window.closing:
-            self.last_call = "held"
             return None
         window.finish(self)
         window.stepped.add(self)
@@ -122,10 +113,6 @@ class OptimizerLink:
     def is_held(self) -> bool:
         """Whether the last step was held back or skipped, or its window is open."""
         return self.last_call in ("held", "skipped") or (self.window is not None and not self.window.closing)
-
-    def may_zero(self) -> bool:
-        """Whether this optimizer's gradients belong to no open window."""
-        return self.window is None or self.window.may_zero(self in self.window.stepped)
 
     def parameters(self) -> list[Tensor]:
         """The parameters, in the order of the parameter groups."""
@@ -202,6 +189,11 @@ class OptimizerLink:
                 "accelerator.backward(loss) instead of loss.backward(); for gradients you computed yourself, "
                 "step the optimizer that you gave to prepare()."
             )
+
+
+# Tells a scheduler that is built from the view not to put its own wrapper over the gate: the wrapper only
+# sets `_opt_called`, which `OptimizerLink` does too.
+OptimizerLink.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 def prepare_optimizer(optimizer: Optimizer, accumulation: Accumulation) -> Optimizer:

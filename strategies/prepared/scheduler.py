@@ -21,8 +21,13 @@ class PreparedScheduler(View):
     __slots__ = ()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, unless the optimizer held its last step back (an open window) or skipped it (overflow)."""
-        self._link.step(*args, **kwargs)
+        """Step, unless the optimizer held its last step back (an open window) or skipped it (overflow).
+
+        A call after no call of the optimizer's step at all is passed on, as torch would.
+        """
+        link = self._link
+        if link.optimizer.num_steps != link.num_followed or not link.optimizer.is_held:
+            link.step(*args, **kwargs)
 
 
 class SchedulerLink:
@@ -31,14 +36,11 @@ class SchedulerLink:
     def __init__(self, original: Any, optimizer: OptimizerLink) -> None:
         self.original = original
         self.optimizer = optimizer
-        self._num_followed = optimizer.num_steps
+        self.num_followed = optimizer.num_steps
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Follow the optimizer. A call after no optimizer step at all is passed on, as torch would."""
-        optimizer = self.optimizer
-        if optimizer.num_steps == self._num_followed and optimizer.is_held:
-            return
-        self._num_followed = optimizer.num_steps
+        """Follow the optimizer."""
+        self.num_followed = self.optimizer.num_steps
         if isinstance(self.original, ReduceLROnPlateau):
             self._check_metric(*args, **kwargs)
         self.original.step(*args, **kwargs)
