@@ -71,7 +71,7 @@ class Window:
         self._cursor = cursor
         self.num_backward = 0
         self.closing = self.count + 1 >= self.steps or (cursor is not None and cursor.is_last)
-        if not self.closing and self._synchronises:
+        if not self.closing:
             self._contexts = [accumulation.strategy.no_sync(model.wrapped) for model in self.models]
             for context in self._contexts:
                 context.__enter__()
