@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from strategies import Precision, Strategy, World, clipping, collectives
 from strategies.accumulation import Accumulation
-from strategies.errors import DataError, PrepareError
+from strategies.errors import AcceleratorError, DataError, PrepareError
 from strategies.prepared import View, prepare
 from strategies.sources import Cursor
 from strategies.tree import num_samples
@@ -50,7 +50,7 @@ class Accelerator:
     - `project_dir`: where the run's files go, and where `accelerator.toml` is looked for.
     - `config`: the path of a configuration file.
 
-    Raises `ConfigurationError` or `LaunchError` before anything is started.
+    Raises `ConfigurationError` or `LaunchError` before any work is done.
     """
 
     def __init__(
@@ -80,8 +80,6 @@ class Accelerator:
         self._strategy_name = chosen_name(self._resolved, os.environ)
         self._strategy = self._resolved.strategy_for(self._strategy_name)
         self._world = self._strategy.setup()
-        check_world(self._resolved, self._world)
-        precision.check(self._world.device)
         self._arithmetic = BatchArithmetic(self._resolved, self._world)
         self._accumulation = Accumulation(self._strategy, self._world, precision, self._arithmetic.steps_for)
         self._trigger = False
@@ -89,6 +87,12 @@ class Accelerator:
         if self._settings.seed is not None:
             processes.seed_everything(self._settings.seed)
         self._finalizer = weakref.finalize(self, _end, self._strategy, self._world, self._accumulation)
+        try:
+            check_world(self._resolved, self._world)
+            precision.check(self._world.device)
+        except AcceleratorError:
+            self._finalizer()
+            raise
 
     # -- the five lines ------------------------------------------------------------------------------------
 

@@ -52,7 +52,8 @@ class Accumulation:
         """The window of these prepared models; of all of them without any."""
         window = self._windows.get(models)
         if window is None:
-            links = tuple(self.link(model) for model in models) or tuple(self.models)
+            named = [self.link(model) for model in models] or self.models
+            links = tuple(link for link in self.models if link in named)  # in whatever order they were named
             window = self._windows[models] = self._shared.get(links) or self._make_window(links)
         return window
 
@@ -66,12 +67,16 @@ class Accumulation:
             f"{type(model).__name__} was not prepared by this Accelerator. Use the model that prepare() returned."
         )
 
+    def open_windows(self) -> list[Window]:
+        """The windows that wait for further micro-batches."""
+        return [window for window in self._shared.values() if not window.closing]
+
     def forget_windows(self) -> None:
         """Group models anew, because more were prepared. Raises `StepError` inside an open window.
 
         Loss scales stay with their models.
         """
-        if self.current is not None or any(not window.closing for window in self._shared.values()):
+        if self.current is not None or self.open_windows():
             raise StepError(
                 "models or parameters were added inside an open accumulation window. Add them before the loop, or "
                 "between windows (accelerator.sync_gradients is true there)."
@@ -91,11 +96,17 @@ class Accumulation:
                 f"clipping got {len(parameters)} parameters, none of which a prepared optimizer holds. "
                 "Give parameters of a model that prepare() returned: model.parameters()."
             )
-        if any(owner.window is None or not owner.window.closing for owner in found):
+        windows = {owner: owner.window for owner in found if owner.window is not None}
+        is_open = {not window.closing for window in windows.values()}
+        if is_open == {True, False}:
+            raise StepError(
+                "clipping got parameters of two windows, one of which is still open. Clip the parameters of each "
+                "window by themselves."
+            )
+        if is_open != {False}:
             return False
-        for owner in found:
-            assert owner.window is not None
-            owner.window.finish(owner)
+        for owner, window in windows.items():
+            window.finish(owner)
         return True
 
     def release(self) -> None:

@@ -21,7 +21,8 @@ from .world import World
 
 _ROLL_CALL_SECONDS = 3.0
 _LOST_CONNECTION = re.compile(
-    r"closed by peer|connection reset|broken pipe|timed out|timeout|connection refused|NCCL|gloo", re.IGNORECASE
+    r"closed by peer|connection reset|broken pipe|timed out|timeout|connection refused|remote process exited",
+    re.IGNORECASE,
 )
 
 
@@ -185,7 +186,8 @@ def leave_last_words(world: World, error: BaseException) -> None:
 def take_back_last_words(world: World) -> None:
     """Note that the script has recovered from the error it left words about. Not collective."""
     if world.size > 1 and dist.is_initialized():
-        _default_store().delete_key(_key("last_words"))
+        for what in ("last_words", "alive"):
+            _default_store().delete_key(_key(what))
 
 
 def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None:
@@ -217,7 +219,13 @@ def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None
             f"(rank 0, or the launcher) is gone. The backend said: {first_line}"
         )
     if not missing:
-        return None
+        if not re.search("timed out|timeout", first_line, re.IGNORECASE):
+            return None
+        return PeerLostError(
+            f"rank {world.rank} waited in a collective until the timeout although every rank is alive: they are in "
+            "different calls. Does one of them break, continue or branch where others do not? The backend said: "
+            f"{first_line}"
+        )
     told = [
         f"rank {rank} left, it had raised {words[rank]}"
         if rank in words

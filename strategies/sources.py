@@ -126,8 +126,10 @@ class Sources:
         if cursor is not None and cursor.last_trained != cursor.index:
             if not cursor.verified:
                 self.verify(cursor)
-            cursor.last_trained = cursor.index
-            cursor.num_trained += 1
+            for taken in opened if len(opened) > 1 else [cursor]:  # batches of zipped loaders are trained on together
+                if taken.grad_enabled and taken.last_trained != taken.index:
+                    taken.last_trained = taken.index
+                    taken.num_trained += 1
         return cursor
 
     def training(self, loader: DataLoader[Any] | None = None) -> Cursor | None:

@@ -11,6 +11,7 @@ in place of N, and the gradients are rescaled once by the true sum when the wind
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ class Weighting:
     def leave_plan(self) -> None:
         """Note that the loop takes another micro-batch than was planned; the true sum then decides."""
         self._deferred = True
+
+    @property
+    def has_any(self) -> bool:
+        """Whether a micro-batch of this window had a backward."""
+        return self._explicit is not None
 
     def factor(self, cursor: Cursor | None, weight: float | Tensor | None, *, again: bool) -> float | Tensor:
         """What the loss of this micro-batch is multiplied by. `again`: it had a backward before.
@@ -108,7 +114,7 @@ class Weighting:
         if self._explicit is None:
             self._deferred = self._num_parts > 1
             self._reference = None if self._unit is None else self._unit * self._num_parts
-        if again and isinstance(weight, float) and weight != self._last:
+        if again and not _on_device(weight) and float(weight) != float(self._last):
             raise StepError(
                 f"backward() got weight={weight} after weight={self._last} in the same micro-batch. The losses of one "
                 "micro-batch share its weight: add them up, or put each in an accumulate() of its own."
@@ -129,8 +135,14 @@ def _checked(weight: float | Tensor) -> float | Tensor:
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise StepError(f"weight has shape {tuple(weight.shape)}; expected one number, such as the count of tokens")
-        dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-        return weight.detach().reshape(()).to(dtype)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        if _on_device(weight):  # looking at it would wait for the device
+            dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+            return weight.detach().reshape(()).to(dtype)
+        weight = weight.item()
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0:
         raise StepError(f"weight is {weight!r}; expected a finite number >= 0, such as the count of tokens")
     return float(weight)
+
+
+def _on_device(weight: float | Tensor) -> bool:
+    return isinstance(weight, Tensor) and weight.device.type != "cpu"

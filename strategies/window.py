@@ -98,6 +98,10 @@ class Window:
             self._abandon()
             return
         self.count += 1
+        if self.num_backward == 0:  # left by `continue`, say: this micro-batch is not in the mean
+            self._weighting.leave_plan()
+            if self.closing and self._weighting.has_any and not self.stepped:
+                self.closing = False  # nobody stepped: the next micro-batch closes the window instead
         if self.closing:
             accumulation.strategy.mark_step(accumulation.world)
 
@@ -118,7 +122,7 @@ class Window:
         """Run backward of `loss`, a mean over the samples of this micro-batch, with its weight in the window."""
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise StepError(_what_is_wrong(loss, bool(self._frozen)))
-        if self._synchronises and self.closing:
+        if self._synchronises:
             self._check_forward()
         factor = self._weighting.factor(self._cursor, weight, again=self.num_backward > 0)
         self.num_backward += 1
@@ -139,12 +143,17 @@ class Window:
             raise lost from error
 
     def _check_forward(self) -> None:
-        """DistributedDataParallel synchronises one backward per forward; the gradient of more would stay local."""
+        """Ranks synchronise one backward per forward of the prepared model; the gradient of others would stay local."""
         num_forward = sum(model.num_forward for model in self.models)
-        if self.num_backward and num_forward == self._num_forward:
+        if self.closing and num_forward == self._num_forward:
+            if self.num_backward:
+                raise StepError(
+                    "backward() ran twice without a forward in between, in the micro-batch that synchronises ranks: "
+                    "they would keep the second gradient each for itself. Add the losses up and call backward() once."
+                )
             raise StepError(
-                "backward() ran twice without a forward in between, in the micro-batch that synchronises ranks: they "
-                "would keep the second gradient each for itself. Add the losses up and call backward() once."
+                "the loss did not come through a call of the prepared model, where ranks synchronise: each would keep "
+                "its own gradient. Call model(...), not model.forward, a submodule, or the module given to prepare()."
             )
         self._num_forward = num_forward
 
@@ -152,6 +161,11 @@ class Window:
         """Make the optimizer's gradients those of the window's mean loss: reduce, rescale, unscale. Once a window."""
         if optimizer in self._finished:
             return
+        if self._synchronises and self.num_backward == 0:
+            raise StepError(
+                "the micro-batch that closes the window had no backward(), which is where ranks synchronise. Do not "
+                "step there (the window then stays open for the next one), or give backward() a loss of weight=0."
+            )
         if not self._finished:
             if self._synchronises:
                 with named_failures(self.accumulation.world):
@@ -169,6 +183,9 @@ class Window:
 
     def _reduce(self) -> None:
         accumulation = self.accumulation
+        if self._synchronises:
+            for model in self.models:
+                model.refuse_unfrozen()
         accumulation.strategy.reduce_gradients([model.wrapped for model in self.models], accumulation.world)
         self._correction = self._weighting.correction()
 
@@ -184,7 +201,16 @@ class Window:
             return self.closing
         return any(optimizer in self.stepped for optimizer in optimizers)
 
+    def _refuse_overlap(self) -> None:
+        for other in self.accumulation.open_windows():
+            if other is not self and any(model in other.models for model in self.models):
+                raise StepError(
+                    "accumulate() opens a window of models while another window of some of them is open: their "
+                    "gradients would mix. Name the same models together until their window closes."
+                )
+
     def _begin(self, cursor: Cursor | None, steps: int) -> None:
+        self._refuse_overlap()
         if self.scaler is not None:
             self.scaler.begin_window()
         self.steps = steps
@@ -236,7 +262,7 @@ class Window:
 
 def _what_is_wrong(loss: Any, frozen: bool) -> str:
     if not isinstance(loss, Tensor):
-        return f"loss is {type(loss).__name__}; expected a scalar tensor with a gradient"
+        return f"loss is {type(loss).__name__}; expected a scalar tensor with a gradient (not its .item())"
     if loss.numel() != 1:
         return f"loss has shape {tuple(loss.shape)}; expected a scalar: the mean over the samples of this micro-batch"
     if frozen:

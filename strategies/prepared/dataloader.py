@@ -59,6 +59,12 @@ class DataLoaderLink:
         cursor = self._last = Cursor(view, sampler.cut if sampler is not None else None, world, epoch=epoch, seed=seed)
         if sampler is not None:
             sampler.epoch = epoch
+            length = len(self.original.dataset)  # type: ignore[arg-type]  # it had one when it was cut
+            if length != sampler.cut.length:
+                raise DataError(
+                    f"{type(self.original.dataset).__name__} had {sampler.cut.length} samples when its loader was "
+                    f"prepared and has {length} now. Prepare a new loader over it."
+                )
         sources.open(cursor)
         try:
             batches = accumulation.strategy.device_loader(make_iterator(), world)

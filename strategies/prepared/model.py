@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from ..errors import PrepareError
+from ..errors import PrepareError, StepError
 from .view import View, make_view
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class ModelLink:
         self.original = strategy.unwrap(self.wrapped)
         self._parameters = dict(self.original.named_parameters())
         self._live = {id(parameter): parameter for parameter in self._parameters.values()}
+        self._frozen = [name for name, parameter in self._parameters.items() if not parameter.requires_grad]
         self._autocast = precision.dtype is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,6 +82,15 @@ class ModelLink:
                 )
             return self._parameters[name]
         return self._live.get(id(parameter))
+
+    def refuse_unfrozen(self) -> None:
+        """Raise `StepError` for a parameter that was frozen when the model was wrapped and has a gradient now."""
+        for name in self._frozen:
+            if self._parameters[name].grad is not None:
+                raise StepError(
+                    f"{name} of {type(self.original).__name__} was frozen when it was prepared and has a gradient now, "
+                    "which ranks do not synchronise. Unfreeze parameters before prepare()."
+                )
 
     def may_zero(self) -> bool:
         """Whether no window of this model is open."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from accelerator import Accelerator
 from oracle import Case, flat, make_data, make_model, sample_losses, train_plain, train_prepared
 from rank_pool import RankPool
-from strategies import DDP, StepError
+from strategies import DDP, DataError, StepError
 
 
 def sgd(model: Any) -> torch.optim.Optimizer:
@@ -159,3 +159,122 @@ def test_a_loss_of_a_model_that_accumulate_does_not_name_says_so() -> None:
     first, second, *_ = accelerator.prepare(first, second, sgd(first), sgd(second))
     with accelerator.accumulate(second), pytest.raises(StepError, match="accumulate"):
         accelerator.backward(sample_losses(first, *make_data(Case()).tensors[:2]).mean())
+
+
+def train_skipping_inside(case: Case, skipped: int) -> Tensor:
+    accelerator, model, optimizer, loader = prepared(case)
+    for number, (x, y, _) in enumerate(loader):
+        with accelerator.accumulate(model):
+            loss = sample_losses(model, x, y).mean()
+            if number == skipped:
+                continue
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    return flat(model)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("skipped", "windows"), [(0, [[1], [2, 3]]), (1, [[0, 2], [3]]), (2, [[0, 1], [3]])])
+def test_continue_inside_accumulate_leaves_the_batch_out_of_the_mean(
+    ranks: RankPool, world: int, skipped: int, windows: list[list[int]]
+) -> None:
+    case = Case(length=8 * world, batch_size=2, world=world, steps=2)
+    model, (x, y, _) = make_model(), make_data(case).tensors
+    optimizer = sgd(model)
+    for window in windows:
+        samples = [2 * world * batch + sample for batch in window for sample in range(2 * world)]
+        optimizer.zero_grad()
+        sample_losses(model, x[samples], y[samples]).mean().backward()
+        optimizer.step()
+    for weights in ranks(train_skipping_inside, case, skipped, nproc=world):
+        torch.testing.assert_close(weights, flat(model))
+
+
+def leave_the_wrapper(how: str) -> None:
+    case = Case(length=8, world=2, steps=2 if how == "no backward" else 1)
+    accelerator = Accelerator("ddp", gradient_accumulation_steps=case.steps)
+    model = make_model()
+    if how == "unfrozen":
+        next(model.parameters()).requires_grad_(False)
+    model, optimizer, loader = accelerator.prepare(model, sgd(model), DataLoader(make_data(case), batch_size=2))
+    if how == "unfrozen":
+        next(model.parameters()).requires_grad_(True)
+    for number, (x, y, _) in enumerate(loader):
+        with accelerator.accumulate(model):
+            called = {"forward": model.forward, "own module": accelerator.unwrap_model(model)}.get(how, model)
+            if how != "no backward" or number % 2 == 0:
+                accelerator.backward(sample_losses(called, x, y).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("forward", "did not come through a call of the prepared model"),
+        ("own module", "did not come through a call of the prepared model"),
+        ("no backward", "had no backward"),
+        ("unfrozen", "was frozen when it was prepared"),
+    ],
+)
+def test_what_ranks_would_not_synchronise_is_refused(ranks: RankPool, how: str, message: str) -> None:
+    for error in ranks(leave_the_wrapper, how, return_exceptions=True):
+        assert isinstance(error, StepError), error
+        assert message in str(error)
+
+
+def test_clipping_leaves_out_an_optimizer_that_has_not_trained() -> None:
+    accelerator = Accelerator("cpu")
+    first, second = make_model(seed=1), make_model(seed=2)
+    first, second, *_ = accelerator.prepare(first, second, sgd(first), sgd(second))
+    with accelerator.accumulate(first):
+        accelerator.backward(sample_losses(first, *make_data(Case()).tensors[:2]).mean())
+        assert accelerator.clip_grad_norm_([*first.parameters(), *second.parameters()], 1.0) is not None
+
+
+def test_the_order_in_which_models_are_named_makes_no_other_window() -> None:
+    accelerator = Accelerator("cpu")
+    first, second = make_model(seed=1), make_model(seed=2)
+    first, second, *_ = accelerator.prepare(first, second, sgd(first), sgd(second))
+    assert accelerator.accumulate(first, second) is accelerator.accumulate(second, first)
+
+
+def test_overlapping_windows_are_refused() -> None:
+    accelerator = Accelerator("cpu", gradient_accumulation_steps=2)
+    first, second = make_model(seed=1), make_model(seed=2)
+    first, second, *_ = accelerator.prepare(first, second, sgd(first), sgd(second))
+    with accelerator.accumulate(first):
+        accelerator.backward(sample_losses(first, *make_data(Case()).tensors[:2]).mean())
+    with pytest.raises(StepError, match="gradients would mix"), accelerator.accumulate(first, second):
+        pass
+
+
+@pytest.mark.parametrize("weight", [torch.tensor(-3.0), torch.tensor(float("nan"))])
+def test_a_tensor_weight_that_is_no_count_is_refused(weight: Tensor) -> None:
+    accelerator, model, _, loader = prepared(Case(length=4, steps=2))
+    x, y, _ = next(iter(loader))
+    with pytest.raises(StepError, match="expected a finite number >= 0"), accelerator.accumulate(model):
+        accelerator.backward(sample_losses(model, x, y).mean(), weight=weight)
+
+
+def test_both_of_two_zipped_loaders_advance_their_epoch() -> None:
+    accelerator = Accelerator("cpu")
+    model = make_model()
+    labelled, other = (DataLoader(make_data(Case(length=n)), batch_size=2, shuffle=True) for n in (4, 8))
+    model, optimizer, labelled, other = accelerator.prepare(model, sgd(model), labelled, other)
+    for epoch in range(2):
+        for (x, y, _), _ in zip(labelled, other, strict=False):
+            with accelerator.accumulate(model, loader=labelled):
+                accelerator.backward(sample_losses(model, x, y).mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        assert (labelled.epoch, other.epoch) == (epoch, epoch)
+
+
+def test_a_dataset_that_grew_is_named() -> None:
+    samples = list(range(4))
+    loader = Accelerator("cpu").prepare(DataLoader(samples, batch_size=2))  # type: ignore[arg-type]
+    samples += [4, 5]
+    with pytest.raises(DataError, match="had 4 samples when its loader was prepared and has 6 now"):
+        next(iter(loader))
