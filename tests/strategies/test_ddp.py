@@ -16,6 +16,7 @@ from fresh_process import FreshProcesses
 from oracle import Case, Run, assert_equal, flat, make_data, make_model, sample_losses, train_plain, train_prepared
 from rank_pool import RankPool
 from strategies import DDP, ConfigurationError, PrepareError
+from torch_version import collectives_are_profiled
 
 CASE = Case(length=15, world=2, steps=3)
 
@@ -237,6 +238,7 @@ def count_collectives(strategy: DDP, case: Case, weighted: bool = False) -> list
     return counts
 
 
+@collectives_are_profiled
 @pytest.mark.parametrize(
     "strategy",
     [DDP(), DDP(static_graph=True), DDP(gradient_as_bucket_view=True)],

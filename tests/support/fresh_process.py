@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from rank_pool import TESTS, agent_store, launch_variables, without_launch_variables
+from torch_version import without_gloo_lines
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Job:
 
     def stdout(self, rank: int = 0) -> str:
         """What this rank has printed so far."""
-        return self._file(rank, "out").read_text(errors="replace")
+        return without_gloo_lines(self._file(rank, "out").read_text(errors="replace"))
 
     def stderr(self, rank: int = 0) -> str:
         """What this rank has written to standard error so far."""

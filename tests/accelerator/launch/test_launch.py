@@ -18,6 +18,7 @@ import pytest
 
 import accelerator.config
 from rank_pool import without_launch_variables
+from torch_version import ended_peers_are_listed, without_gloo_lines
 
 ROOT = Path(accelerator.config.__file__).parents[2]
 
@@ -50,7 +51,7 @@ class Launcher:
 
     def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
         out, err = process.communicate(timeout=60)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return subprocess.CompletedProcess(process.args, process.returncode, without_gloo_lines(out), err)
 
     def __call__(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return self.finish(self.start(*words, **variables))
@@ -122,6 +123,7 @@ def test_two_processes_reduce_and_the_script_is_run_as_python_would(launch: Laun
         }
 
 
+@ended_peers_are_listed
 def test_the_failing_ranks_traceback_comes_once_and_first(launch: Launcher) -> None:
     launch.script(
         ALL_REDUCE
@@ -181,6 +183,7 @@ def test_a_lost_peer_alone_is_still_shown(launch: Launcher) -> None:
     assert done.returncode == 1
 
 
+@ended_peers_are_listed
 def test_exit_codes_pass_through(launch: Launcher) -> None:
     launch.script("import os, sys, time\nsys.exit(7) if os.environ['RANK'] == '1' else time.sleep(30)")
     done = launch("--nproc-per-node", "2", "train.py")
@@ -196,6 +199,7 @@ def test_a_script_may_set_its_own_exception_hook(launch: Launcher) -> None:
     assert done.stderr.startswith("rank 0 of 1 failed:\nmy hook\naccelerator launch: rank 0 failed first: exit code 1")
 
 
+@ended_peers_are_listed
 def test_a_killed_process_gives_128_and_the_signal(launch: Launcher) -> None:
     launch.script(
         ALL_REDUCE + "    if rank == 1:\n        os.kill(os.getpid(), 9)\n    dist.all_reduce(total)\n",

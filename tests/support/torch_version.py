@@ -1,0 +1,22 @@
+"""What differs between the torch releases that the tests run on."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+ended_peers_are_listed = pytest.mark.skipif(
+    TORCH < (2, 13), reason="the elastic agent of this torch does not list the processes that it ended itself"
+)
+collectives_are_profiled = pytest.mark.skipif(
+    TORCH < (2, 13), reason="the profiler of this torch does not show the collectives of DistributedDataParallel"
+)
+
+
+def without_gloo_lines(text: str) -> str:
+    """`text` without the lines that gloo of torch 2.9 prints on standard output, torn ones too, as groups are made."""
+    return re.sub(r"^.*(?:\[Gloo\]|peer ranks).*\n", "", text, flags=re.MULTILINE)
