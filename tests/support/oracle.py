@@ -130,6 +130,7 @@ def train_plain(case: Case) -> Run:
     run = Run()
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(case.precision)
     for _ in range(case.epochs):
+        taken = False
         for window in case.windows():
             samples = [sample for batch in window for sample in batch]
             optimizer.zero_grad()
@@ -145,10 +146,11 @@ def train_plain(case: Case) -> Run:
                 loss.backward()
                 norm = None if case.clip is None else nn.utils.clip_grad_norm_(model.parameters(), case.clip)
                 optimizer.step()
+                taken = True
                 if case.scheduler in ("inside", "outside"):
                     scheduler.step()
             run.record(model, norm, optimizer.param_groups[0]["lr"], overflow)
-        if case.scheduler == "epoch":
+        if case.scheduler == "epoch" and taken:  # an epoch in which every step overflowed moves no schedule
             scheduler.step()
     return run
 
