@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,11 @@ from fresh_process import FreshProcesses
 from rank_pool import RankPool, without_launch_variables
 
 POOL = pytest.StashKey[RankPool]()
+
+# A check of a change must say the same twice; new cases are looked for wherever the tests run otherwise.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
