@@ -98,11 +98,10 @@ def _seed(seed: int | None) -> str:
 def _options(resolved: Resolved, strategy: Strategy, name: str) -> list[Row]:
     rows = []
     for field in fields(strategy):
-        value = str(getattr(strategy, field.name))
-        is_default = getattr(strategy, field.name) == field.default
-        in_code = "code" if isinstance(resolved.strategy_in_code, Strategy) and not is_default else "default"
-        origin = resolved.origins.get(f"{name}.{field.name}", in_code)
-        rows.append(Row(f"strategy.{field.name}", value, value, origin))
+        value = getattr(strategy, field.name)
+        in_code = isinstance(resolved.strategy_in_code, Strategy) and value != field.default
+        origin = resolved.origins.get(f"{name}.{field.name}", "code" if in_code else "default")
+        rows.append(Row(f"strategy.{field.name}", str(value), str(value), origin))
     return rows
 
 

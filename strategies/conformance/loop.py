@@ -154,7 +154,3 @@ def whole(tensor: Tensor) -> Tensor:
 def weights_of(model: nn.Module) -> Weights:
     """A copy of every parameter of `model`, whole, in float64 on the CPU. Collective for sharded ones."""
     return {name: whole(parameter).double().clone() for name, parameter in model.named_parameters()}
-
-
-def _link(model: Any) -> Any:
-    return model._link
