@@ -21,7 +21,8 @@ def run(script: Path, *arguments: str, nproc: int = 1) -> str:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     finished = subprocess.run(
         [sys.executable, *launch, str(script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        # Unbuffered, `print` writes a line and its end apart, and the lines of two processes run into each other.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
         timeout=100,
