@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 from strategies import Precision, Strategy, World, clipping, collectives
 from strategies.accumulation import Accumulation
 from strategies.errors import AcceleratorError, DataError, PrepareError
+from strategies.init_module import default_dtype
 from strategies.prepared import View, prepare
 from strategies.sources import Cursor
 from strategies.tree import num_samples
 
-from . import processes
+from . import export, processes
 from .batch_arithmetic import BatchArithmetic
 from .choice import check_world, chosen_name
 from .config import NOT_GIVEN, NotGiven, given, resolve_settings
@@ -323,6 +324,32 @@ class Accelerator:
     def project_dir(self) -> Path | None:
         """Where the run's files go."""
         return Path(self._settings.project_dir) if self._settings.project_dir is not None else None
+
+    @contextmanager
+    def init_module(self, *, empty: bool = False, dtype: torch.dtype | None = None) -> Iterator[None]:
+        """Build a model in this block where the strategy wants its parameters, in `dtype` (torch's default without).
+
+        On the device that trains it; under FSDP without memory, so that `prepare` makes on each rank only its
+        part. The numbers are those of building it on one device from the same state of the random generator. With
+        `empty`, nothing is drawn: parameters hold NaN until they are loaded, and a forward before that warns.
+        """
+        with default_dtype(dtype), self._strategy.init_context(self._world, empty=empty):
+            yield
+
+    def get_state_dict(self, model: nn.Module, *, sharded: bool = False) -> dict[str, Any]:
+        """The weights of `model`: whole, in CPU memory, on rank 0 and empty elsewhere. Collective.
+
+        With `sharded`, as each rank holds them, without communication.
+        """
+        return export.state_dict(self.unwrap_model(model), self._world, sharded=sharded)
+
+    def save_model(self, model: nn.Module, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+        """Write the weights of `model` as safetensors files, with an index where there are several. Collective.
+
+        Rank 0 writes, one file of at most `max_shard_size` at a time. `transformers` loads the folder; tied
+        weights are written once. Raises `StateError` on every rank if writing fails.
+        """
+        export.save(self.unwrap_model(model), folder, self._world, max_shard_size=max_shard_size)
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
         """The user's own module behind a prepared one; a module that was not prepared is returned as it is."""

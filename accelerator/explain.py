@@ -71,6 +71,11 @@ def explain(resolved: Resolved, name: str, accumulation: Accumulation, arithmeti
         Row("seed", str(settings.seed), _seed(settings.seed), origins["seed"]),
         Row("project_dir", str(settings.project_dir), str(settings.project_dir), origins["project_dir"]),
         *_options(resolved, strategy, name),
+        *(
+            Row(f"model {index} {name}", "", words, "")
+            for index, link in enumerate(accumulation.models)
+            for name, words in strategy.describe(link.wrapped, world).items()
+        ),
         *(Row(f"loader {index}", "", _loader(link), "") for index, link in enumerate(accumulation.loaders)),
     ]
     return Explanation(tuple(rows))

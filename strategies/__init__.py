@@ -12,8 +12,10 @@ from .errors import (
     PeerLostError,
     PrepareError,
     ShapeMismatchError,
+    StateError,
     StepError,
 )
+from .fsdp import FSDP
 from .precision import Precision
 from .single import CPU, SingleDevice
 from .world import World
@@ -21,6 +23,7 @@ from .world import World
 __all__ = [
     "CPU",
     "DDP",
+    "FSDP",
     "AcceleratorError",
     "CollectiveError",
     "ConfigurationError",
@@ -32,6 +35,7 @@ __all__ = [
     "PrepareError",
     "ShapeMismatchError",
     "SingleDevice",
+    "StateError",
     "StepError",
     "Strategy",
     "World",

@@ -1,7 +1,8 @@
-"""The contract between a training loop and its hardware: nine methods a strategy must write.
+"""The contract between a training loop and its hardware: ten methods a strategy must write.
 
-A strategy is a frozen dataclass: its fields are its settings, its methods are its behaviour. The nine
-methods below are all abstract, so that one an author forgets fails at construction and not in a run.
+A strategy is a frozen dataclass: its fields are its settings, its methods are its behaviour. The first ten
+methods below are abstract, so that one an author forgets fails at construction and not in a run. The last two
+are right for any strategy that places a whole model on one device.
 Everything that all strategies share (finding parameters again after wrapping, gating the optimizer,
 cutting the data) is written once, in `strategies.prepared`, and is not for a subclass to replace.
 """
@@ -9,13 +10,14 @@ cutting the data) is written once, in `strategies.prepared`, and is not for a su
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from .init_module import born_on
 from .precision import Precision
 from .world import World
 
@@ -69,9 +71,27 @@ class Strategy(ABC):
         """
 
     @abstractmethod
+    def discard_gradients(self, wrapped: nn.Module) -> None:
+        """Drop what a forward or backward that ended in an exception left behind `.grad`, on every rank alike.
+
+        Called before the gradients of the optimizers are zeroed. Raises `StepError` if training cannot go on.
+        """
+
+    @abstractmethod
     def mark_step(self, world: World) -> None:
         """Called after every update, for hardware that runs a recorded graph."""
 
     @abstractmethod
     def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
         """Yield the same batches, in the same order, on the device of this rank."""
+
+    def init_context(self, world: World, *, empty: bool) -> AbstractContextManager[Any]:
+        """A context in which a model is built, with its parameters where `wrap` wants them.
+
+        With `empty`, they hold NaN: they will be loaded.
+        """
+        return born_on(world.device, empty=empty)
+
+    def describe(self, wrapped: nn.Module, world: World) -> Mapping[str, str]:
+        """What `wrap` made of a model, name and words, for `Accelerator.explain()`."""
+        return {}

@@ -1,11 +1,20 @@
-"""Clip gradients that are already reduced, rescaled and unscaled."""
+"""Clip gradients that are already reduced, rescaled and unscaled.
+
+Where gradients are sharded, torch's own functions run every small operation through the dispatcher of
+DTensor, refuse sharded and whole gradients together, and refuse gradients on different meshes. Here each
+rank computes on its own parts, and one all-reduce per kind of cut makes the norm.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from .shards import is_sharded, local, sum_over_shards
 
 
 def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -15,9 +24,25 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, norm_type: flo
     on every rank. Follows Pascanu et al. 2013, arXiv:1211.5063, section 3.2, as
     `torch.nn.utils.clip_grad_norm_` does.
     """
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not any(is_sharded(gradient) for gradient in gradients):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+    norm_type = float(norm_type)
+    parts = [local(gradient) for gradient in gradients]
+    norms = torch._foreach_norm([part if part.numel() else part.new_zeros(1) for part in parts], norm_type)
+    pairs = list(zip(gradients, norms, strict=True))
+    if math.isinf(norm_type):
+        total = sum_over_shards(pairs, dist.ReduceOp.MAX)
+    else:
+        powers = torch._foreach_pow(norms, norm_type)
+        total = sum_over_shards(list(zip(gradients, powers, strict=True)), dist.ReduceOp.SUM) ** (1.0 / norm_type)
+    torch._foreach_mul_(parts, (max_norm / (total + 1e-6)).clamp(max=1.0))
+    return total
 
 
 def clip_grad_value(parameters: Sequence[Tensor], clip_value: float) -> None:
     """Clamp every element of the gradients, in place, to [-clip_value, clip_value]."""
-    torch.nn.utils.clip_grad_value_(parameters, clip_value)
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_clamp_min_(gradients, -float(clip_value))
+        torch._foreach_clamp_max_(gradients, float(clip_value))

@@ -10,13 +10,13 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import gradient_compression
 from .base import Strategy
-from .errors import ConfigurationError, PrepareError
+from .batch_norm import BatchNorm, broadcast_buffers, with_batch_norm
+from .errors import ConfigurationError
 from .precision import Precision
 from .process_group import join, leave
 from .tree import move
@@ -57,7 +57,7 @@ class DDP(Strategy):
     comm_hook: Literal["none", "fp16", "bf16", "power_sgd"] = "none"
     power_sgd_rank: int = 1
     power_sgd_start: int = 1000
-    batch_norm: Literal["error", "sync", "local"] = "error"
+    batch_norm: BatchNorm = "error"
 
     def __post_init__(self) -> None:
         if self.comm_hook not in ("none", "fp16", "bf16", "power_sgd"):
@@ -82,7 +82,7 @@ class DDP(Strategy):
 
     def wrap(self, model: nn.Module, world: World, precision: Precision) -> nn.Module:
         """Move the model to the device, copy rank 0's weights to all, and average gradients in backward."""
-        model = self._with_batch_norm(model, world).to(world.device)
+        model = with_batch_norm(model, self.batch_norm, world, "DDP").to(world.device)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model  # DistributedDataParallel refuses what has nothing to synchronise
         wrapped = DistributedDataParallel(
@@ -125,8 +125,10 @@ class DDP(Strategy):
         if world.size == 1 or not self.broadcast_buffers:
             return
         for model in wrapped:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
+            broadcast_buffers(model)
+
+    def discard_gradients(self, wrapped: nn.Module) -> None:
+        """What `no_sync` left is in `.grad`; DistributedDataParallel begins each forward anew."""
 
     def mark_step(self, world: World) -> None:
         """Operations run as they are called."""
@@ -134,22 +136,3 @@ class DDP(Strategy):
     def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
         """Move each batch to the device."""
         return batches if world.device.type == "cpu" else (move(batch, world.device) for batch in batches)
-
-    def _with_batch_norm(self, model: nn.Module, world: World) -> nn.Module:
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        names = [name for name in names if not isinstance(model.get_submodule(name), nn.SyncBatchNorm)]
-        if not names or self.batch_norm == "local" or world.size == 1:
-            return model
-        if self.batch_norm == "sync":
-            if world.device.type == "cpu":
-                raise ConfigurationError(
-                    "batch_norm is 'sync', but torch.nn.SyncBatchNorm does not run on a CPU. Use batch_norm='local', "
-                    "or a normalisation that does not look across samples (GroupNorm, LayerNorm)."
-                )
-            return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
-        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise PrepareError(
-            f"{type(model).__name__} has batch normalisation ({listed}), which on {world.size} processes would "
-            "see only each rank's samples: other numbers than on one. Choose DDP(batch_norm='sync') (accelerators), "
-            "DDP(batch_norm='local') to accept it, or use GroupNorm."
-        )

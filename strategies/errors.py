@@ -35,6 +35,10 @@ class DataError(AcceleratorError, RuntimeError):
     """A dataloader cannot be sharded as asked, is empty, or was iterated differently on different ranks."""
 
 
+class StateError(AcceleratorError, RuntimeError):
+    """Saved weights do not belong to the model that is to take them, or cannot be written."""
+
+
 class CollectiveError(AcceleratorError, RuntimeError):
     """A collective operation cannot give a right answer."""
 

@@ -22,6 +22,7 @@ BUILT_IN = {
     "cpu": "strategies.single:CPU",
     "single": "strategies.single:SingleDevice",
     "ddp": "strategies.ddp:DDP",
+    "fsdp": "strategies.fsdp:FSDP",
 }
 
 

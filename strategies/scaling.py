@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .shards import is_sharded, local
 from .world import World
 
 
@@ -21,21 +26,25 @@ class LossScaler:
         self._world = world
         self._scaler = torch.amp.GradScaler(world.device.type)
         self._overflowed: dict[Optimizer, Tensor] = {}  # the verdict on each optimizer's window
+        self._local_parts: dict[Optimizer, Any] = {}  # GradScaler knows them by identity until its update
 
     def scale(self, loss: Tensor) -> Tensor:
         """`loss` times the scale, for backward."""
         return self._scaler.scale(loss)
 
-    def unscale(self, optimizer: Optimizer, *, has_gradients: bool) -> None:
-        """Divide the optimizer's gradients by the scale, in place, and note whether any is not finite.
+    def unscale(self, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:
+        """Divide the optimizer's `gradients` by the scale, in place, and note whether any is not finite.
 
         Collective: the verdict is true on all ranks if it is true on one.
         """
-        if has_gradients:
-            self._scaler.unscale_(optimizer)
+        holder: Any = optimizer
+        if any(is_sharded(gradient) for gradient in gradients):  # GradScaler refuses them beside whole ones
+            holder = self._local_parts[optimizer] = _holder_of([local(gradient) for gradient in gradients])
+        if gradients:
+            self._scaler.unscale_(holder)
         # The public GradScaler tells its verdict only through a lower scale after update(), which costs a second
         # wait for the device and comes too late for the scheduler of the same iteration.
-        found = self._scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        found = self._scaler._per_optimizer_states[id(holder)]["found_inf_per_device"]
         verdict = sum(found.values(), torch.zeros((), device=self._world.device))
         if self._world.size > 1:
             dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
@@ -54,6 +63,7 @@ class LossScaler:
         if self._overflowed:
             self._scaler.update()
             self._overflowed.clear()
+            self._local_parts.clear()
 
     @property
     def value(self) -> float:
@@ -70,3 +80,11 @@ class LossScaler:
         """Continue with the scale and growth of `state`."""
         self._overflowed.clear()
         self._scaler.load_state_dict(state)
+
+
+def _holder_of(gradients: Sequence[Tensor]) -> Any:
+    """What GradScaler takes for an optimizer: parameters, here stand-ins, with these gradients."""
+    parameters = [gradient.detach() for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    return SimpleNamespace(param_groups=[{"params": parameters}])

@@ -62,6 +62,9 @@ class SingleDevice(Strategy):
     def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
         """There is nobody to reduce with."""
 
+    def discard_gradients(self, wrapped: nn.Module) -> None:
+        """Nothing is kept outside `.grad`."""
+
     def mark_step(self, world: World) -> None:
         """Operations run as they are called."""
 

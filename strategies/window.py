@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from .errors import StepError
 from .process_group import explain_lost_peer, named_failures
 from .scaling import LossScaler
+from .shards import local
 from .sources import Cursor
 from .weighting import Weighting
 
@@ -73,10 +74,10 @@ class Window:
         self.closing = self.count + 1 >= self.steps or (cursor is not None and cursor.is_last)
         if not self.closing:
             self._contexts = [accumulation.strategy.no_sync(model.wrapped) for model in self.models]
-            for context in self._contexts:
-                context.__enter__()
         if self._has_others:
             self._freeze_others()
+        for context in self._contexts:
+            context.__enter__()
         if accumulation.latest is not self:
             self._become_latest()
         accumulation.current = self
@@ -177,15 +178,15 @@ class Window:
             return
         gradients = optimizer.gradients()
         if gradients and self._correction is not None:
-            torch._foreach_mul_(gradients, self._correction)
+            torch._foreach_mul_([local(gradient) for gradient in gradients], self._correction)
         if self.scaler is not None:
-            self.scaler.unscale(optimizer.original, has_gradients=bool(gradients))
+            self.scaler.unscale(optimizer.original, gradients)
 
     def _reduce(self) -> None:
         accumulation = self.accumulation
         if self._synchronises:
             for model in self.models:
-                model.refuse_unfrozen()
+                model.check_parameters()
         accumulation.strategy.reduce_gradients([model.wrapped for model in self.models], accumulation.world)
         self._correction = self._weighting.correction()
 
@@ -233,6 +234,8 @@ class Window:
                 "an exception inside accumulate() dropped the gradients of %d earlier micro-batches of its window",
                 self.count,
             )
+        for model in self.models:
+            self.accumulation.strategy.discard_gradients(model.wrapped)
         for optimizer in self.optimizers:
             optimizer.original.zero_grad()
         self.closing = True
@@ -242,12 +245,14 @@ class Window:
         """Keep this window's backward out of the gradients of models that have a window of their own.
 
         In a GAN the generator's loss runs through the discriminator. On one device its gradients there are
-        wiped by zero_grad(); inside an open window nothing may be wiped, so they must not arise.
+        wiped by zero_grad(); inside an open window nothing may be wiped, so they must not arise. Nor may what an
+        open window of theirs has summed so far be reduced.
         """
         own = {id(parameter) for model in self.models for parameter in model.original.parameters()}
         for model in self.accumulation.models:
             if model not in self.models and model.is_trained:
                 model.bypass = True
+                self._contexts.append(self.accumulation.strategy.no_sync(model.wrapped))
                 self._frozen += [p for p in model.original.parameters() if p.requires_grad and id(p) not in own]
         for parameter in self._frozen:
             parameter.requires_grad_(False)

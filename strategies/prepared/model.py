@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -9,8 +10,10 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from ..errors import PrepareError, StepError
+from ..errors import PrepareError, StateError, StepError
+from ..shards import is_sharded
 from .view import View, make_view
+from .weights import empty_parameters, load, warn_of_empty
 
 if TYPE_CHECKING:
     from ..accumulation import Accumulation
@@ -29,6 +32,10 @@ class PreparedModel(View):
         """Zero the gradients, except of an accumulation window that is still open."""
         if self._link.may_zero():
             self._link.original.zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load whole weights, which every rank has, wherever the parameters are; torch's own where none is sharded."""
+        return self._link.load_state_dict(state_dict, strict, assign)
 
 
 class ModelLink:
@@ -51,6 +58,7 @@ class ModelLink:
         self._live = {id(parameter): parameter for parameter in self._parameters.values()}
         self._frozen = [name for name, parameter in self._parameters.items() if not parameter.requires_grad]
         self._autocast = precision.dtype is not None
+        self._empty = empty_parameters(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Without gradients there is nothing to synchronise, and ranks may call as often as they like.
@@ -59,11 +67,25 @@ class ModelLink:
         else:
             module = self.wrapped
             self.num_forward += 1
+            if self._empty:
+                warn_of_empty(self.original, self._empty)
+                self._empty = {}
         if not self._autocast:
             return module(*args, **kwargs)
         accumulation = self.accumulation
         with accumulation.strategy.autocast(accumulation.world, accumulation.precision):
             return module(*args, **kwargs)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool, assign: bool) -> Any:
+        """Load into the user's module. `assign` would put other parameters in place of those that are prepared."""
+        if assign:
+            raise StateError(
+                "load_state_dict(assign=True) would replace the parameters of a prepared model, which the optimizer "
+                "and other ranks know. Load before prepare(), or without assign."
+            )
+        if any(is_sharded(parameter) for parameter in self._parameters.values()):
+            return load(self.original, state, strict=strict)
+        return self.original.load_state_dict(state, strict)
 
     @property
     def is_trained(self) -> bool:
@@ -83,8 +105,15 @@ class ModelLink:
             return self._parameters[name]
         return self._live.get(id(parameter))
 
-    def refuse_unfrozen(self) -> None:
-        """Raise `StepError` for a parameter that was frozen when the model was wrapped and has a gradient now."""
+    def check_parameters(self) -> None:
+        """Raise `StepError` if ranks would not synchronise a parameter: one that was replaced or unfrozen since."""
+        for name, parameter in self.original.named_parameters():
+            if self._live.get(id(parameter)) is not parameter:
+                raise StepError(
+                    f"{name} of {type(self.original).__name__} is not the parameter that was prepared: it was added or "
+                    "replaced since, and neither ranks nor the optimizer know it. Change the model before prepare(), "
+                    "or write into the parameter: parameter.data.copy_(value)."
+                )
         for name in self._frozen:
             if self._parameters[name].grad is not None:
                 raise StepError(

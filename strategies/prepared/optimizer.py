@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import PrepareError, StepError
+from ..shards import cut_like, is_sharded
+from .trial_step import refuse_unless_it_steps
 from .view import View, make_view
 
 if TYPE_CHECKING:
@@ -160,7 +162,9 @@ class OptimizerLink:
             group["params"] = self.adopt(before)
             for old, new in zip(before, group["params"], strict=True):
                 if old is not new and old in state:
-                    state[new] = state.pop(old)
+                    state[new] = {name: _cut(value, old, new) for name, value in state.pop(old).items()}
+        if any(is_sharded(parameter) for parameter in self.parameters()):
+            refuse_unless_it_steps(self.original)
 
     def _step_with(self, closure: Callable[[], Any], window: Window | None) -> Any:
         accumulation = self.accumulation
@@ -189,6 +193,13 @@ class OptimizerLink:
                 "accelerator.backward(loss) instead of loss.backward(); for gradients you computed yourself, "
                 "step the optimizer that you gave to prepare()."
             )
+
+
+def _cut(value: Any, old: Tensor, new: Tensor) -> Any:
+    """State of a parameter as the parameter is cut now: what has its shape is cut alike, anything else is kept."""
+    if isinstance(value, Tensor) and value.shape == old.shape and is_sharded(new):
+        return cut_like(value.to(new.device), new.detach())
+    return value
 
 
 # Tells a scheduler that is built from the view not to put its own wrapper over the gate: the wrapper only

@@ -39,7 +39,7 @@ class Options(Strategy):
             raise ConfigurationError("size is 13; expected another one")
 
 
-Options.__abstractmethods__ = frozenset()  # its nine methods are of no interest here
+Options.__abstractmethods__ = frozenset()  # its ten methods are of no interest here
 
 
 @pytest.fixture

@@ -379,8 +379,8 @@ class SwallowsExceptions(CPU):
 
 @dataclass(frozen=True)
 class ForgetsMarkStep(Strategy):
-    """Eight of the nine methods."""
+    """Nine of the ten methods."""
 
     setup, teardown, wrap, unwrap = CPU.setup, CPU.teardown, CPU.wrap, CPU.unwrap
     autocast, no_sync, reduce_gradients = CPU.autocast, CPU.no_sync, CPU.reduce_gradients
-    device_loader = CPU.device_loader
+    device_loader, discard_gradients = CPU.device_loader, CPU.discard_gradients

@@ -13,7 +13,7 @@ import pytest
 
 from rank_pool import RankPool
 from rank_worker import load_test_module
-from strategies import CPU, DDP, ConfigurationError, ConformanceError, Strategy, registry
+from strategies import CPU, DDP, FSDP, ConfigurationError, ConformanceError, Strategy, registry
 from strategies.conformance import RULES, Processes, Rule, RuleNotRun, check, run, run_rule
 from torch_version import without_gloo_lines
 
@@ -41,8 +41,8 @@ def hold_all(strategy: Strategy, among: list[str]) -> dict[str, str | None]:
 @pytest.mark.parametrize("rule", list(RULES))
 @pytest.mark.parametrize(
     ("strategy", "nproc"),
-    [(CPU(), 1), (DDP(), 1), (DDP(), 2), (broken.ByHand(), 2)],
-    ids=["cpu-1", "ddp-1", "ddp-2", "by-hand-2"],
+    [(CPU(), 1), (DDP(), 1), (DDP(), 2), (FSDP(), 2), (broken.ByHand(), 2)],
+    ids=["cpu-1", "ddp-1", "ddp-2", "fsdp-2", "by-hand-2"],
 )
 def test_a_right_strategy_keeps_the_rule(ranks: RankPool, strategy: Strategy, nproc: int, rule: str) -> None:
     if nproc < RULES[rule].min_processes:

@@ -1,0 +1,72 @@
+"""Tensors that are cut over ranks (`DTensor`) and those that are whole, handled alike.
+
+`torch.distributed.tensor` takes a second to import, so it is imported only where a sharded tensor was met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
+    """Whether `tensor` is a `DTensor`: each rank holds a part of it, or a copy laid out on a mesh."""
+    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of `tensor`, in the same memory; all of it if it is not sharded. Not a collective."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of `tensor`, detached, on its device. Collective if it is sharded."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def cut_like(full: Tensor, like: Tensor) -> Tensor:
+    """`full`, which every rank has, cut as `like` is. Not a collective."""
+    if not is_sharded(like):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def copy_whole(full: Tensor, target: Tensor) -> None:
+    """Write `full`, which every rank has, into `target`, each rank its own part. Not a collective."""
+    with torch.no_grad():
+        local(target.detach()).copy_(local(cut_like(full.to(target.device, target.dtype), target.detach())))
+
+
+def sum_over_shards(parts: Sequence[tuple[Tensor, Tensor]], op: dist.ReduceOp.RedOpType) -> Tensor:
+    """Reduce one number per tensor, computed from this rank's part of it, to one number for all of them.
+
+    `parts` are pairs of a tensor, which says how it is cut, and a scalar on its device. Tensors that are cut
+    alike share one all-reduce. Collective if any of them is sharded; every rank then gives the same tensors.
+    """
+    by_groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    for tensor, number in parts:
+        by_groups.setdefault(_groups_of(tensor), []).append(number)
+    totals = []
+    for groups, numbers in by_groups.items():
+        stacked = torch.stack(numbers)
+        total = stacked.amax() if op == dist.ReduceOp.MAX else stacked.sum()
+        for group in groups:
+            dist.all_reduce(total, op=op, group=group)
+        totals.append(total)
+    together = torch.stack(totals)
+    return together.amax() if op == dist.ReduceOp.MAX else together.sum()
+
+
+def _groups_of(tensor: Tensor) -> tuple[Any, ...]:
+    """The process groups over which `tensor` is cut; copies of a part on other ranks must not count twice."""
+    if not is_sharded(tensor):
+        return ()
+    mesh = tensor.device_mesh
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
