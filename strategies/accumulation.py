@@ -147,7 +147,7 @@ class Accumulation:
         for optimizer in self.optimizers_of(models):
             missing = [model for model in optimizer.models if model not in models]
             if missing:
-                named = ", ".join(type(model.original).__name__ for model in missing)
+                named = ", ".join(model.name for model in missing)
                 raise StepError(
                     f"{type(optimizer.original).__name__} also holds parameters of {named}, which accumulate() does "
                     "not name. Name every model that one optimizer trains: accumulate(encoder, decoder)."

@@ -281,7 +281,7 @@ def filling(
     filled = {name for name, _ in model.named_parameters(remove_duplicate=False)} if recording.empty else set()
 
     def fill(copy: Callable[[Tensor, Tensor], None]) -> None:
-        model.to_empty(device=recording.device)
+        _allocate(model, recording.device)
         takers: dict[int, list[tuple[Place, Tensor]]] = defaultdict(list)
         for name, target in _named_tensors(model):
             if name in filled:
@@ -296,6 +296,18 @@ def filling(
             _set_random_state(recording.device, before)
 
     yield fill
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Give every tensor of `model` memory; parameters that were tied still are."""
+    tied: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied[id(parameter)].append(name)
+    model.to_empty(device=device)
+    for first, *others in tied.values():
+        for name in others:
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, model.get_parameter(first))
 
 
 def mark_empty(parameter: Tensor) -> None:

@@ -18,10 +18,10 @@ from . import blocks, deferred_init
 from .base import Strategy
 from .batch_norm import BatchNorm, broadcast_buffers, with_batch_norm
 from .blocks import Block
-from .errors import ConfigurationError, PrepareError, StepError
+from .errors import ConfigurationError, PrepareError
 from .precision import Precision
 from .process_group import join, leave
-from .sharded_model import register_forward_methods, return_no_views, settle, take_from_rank_0
+from .sharded_model import discard, return_no_views, settle, take_from_rank_0
 from .shards import copy_whole
 from .tree import move
 from .world import World
@@ -168,7 +168,12 @@ class FSDP(Strategy):
 
         A model from `init_module` gets its weights only here, one parameter at a time.
         """
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
         model = with_batch_norm(model, self.batch_norm, world, "FSDP")
+        for name in self.forward_methods:
+            if not callable(getattr(model, name, None)):
+                raise PrepareError(f"forward_methods names {name!r}, but {type(model).__name__} has no such method")
         ignored = self._ignored(model)
         found = blocks.find_blocks(model, self._chosen(model), set(ignored.values()))
         recording = deferred_init.recording_of(model)
@@ -183,7 +188,8 @@ class FSDP(Strategy):
             self._shard(model, found, ignored, world, precision)
         if world.size > 1:
             broadcast_buffers(model)
-        register_forward_methods(model, self.forward_methods)
+        for name in self.forward_methods:
+            register_fsdp_forward_method(model, name)
         inner = sorted((block.module for block in found if block.name), key=[*model.modules()].index)
         settle(model, inner, forward=self.forward_prefetch, backward=self.backward_prefetch)
         return model
@@ -223,12 +229,7 @@ class FSDP(Strategy):
 
     def discard_gradients(self, wrapped: nn.Module) -> None:
         """Forget what an aborted forward or backward left: gathered parameters, gradients of an open window."""
-        if not hasattr(wrapped, "reset_iter_state"):
-            raise StepError(
-                f"after an exception inside accumulate(), fully_shard of torch {torch.__version__} cannot go on. "
-                "Let the exception end the job, or use torch 2.13."
-            )
-        wrapped.reset_iter_state()  # type: ignore[operator]
+        discard(wrapped)
 
     def mark_step(self, world: World) -> None:
         """Operations run as they are called."""
@@ -330,7 +331,7 @@ class FSDP(Strategy):
         reduce_dtype = getattr(torch, self.reduce_dtype) if self.reduce_dtype else None
         if reduce_dtype is None and precision.dtype is not None:
             reduce_dtype = torch.float32
-        model.register_forward_hook(return_no_views)  # before those of fully_shard
+        model.register_forward_hook(return_no_views)  # before that of fully_shard
         for block in found:
             if block.name and self.activation_checkpointing:
                 checkpoint(block.module)

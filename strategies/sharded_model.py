@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from .errors import PrepareError
+from .errors import StepError
 from .tree import iterate_leaves, map_tensors
 
 
@@ -27,17 +27,44 @@ def settle(model: nn.Module, blocks: Sequence[nn.Module], *, forward: int, backw
         if backward > 1:  # 1 is what torch does by itself
             before = blocks[max(0, index - backward) : index][::-1]
             block.set_modules_to_backward_prefetch(before)  # type: ignore[operator]
+    model.register_forward_pre_hook(_refuse_replaced, prepend=True)
     model.register_forward_hook(_reshard_without_backward)
 
 
-def register_forward_methods(model: nn.Module, names: Iterable[str]) -> None:
-    """Have further methods of `model` gather its parameters before they run."""
-    from torch.distributed.fsdp import register_fsdp_forward_method
+def _refuse_replaced(model: nn.Module, inputs: Any) -> None:
+    """Raise `StepError` for a parameter that was put in the place of a sharded one, which would undo it in silence."""
+    for module in _sharded_modules(model):
+        for group in _groups(module):
+            for known in group.fsdp_params:
+                place = known._module_info
+                found = place.module._parameters.get(place.param_name)
+                if found is not known.sharded_param and found is not getattr(known, "_unsharded_param", None):
+                    if found is not None and found is getattr(known, "_sharded_post_forward_param", None):
+                        continue
+                    raise StepError(
+                        f"{known._param_fqn or place.param_name} was replaced after prepare(), and neither ranks nor "
+                        "the optimizer know the new parameter. Change the model before prepare(), or write into the "
+                        "parameter that it has."
+                    )
 
-    for name in names:
-        if not callable(getattr(model, name, None)):
-            raise PrepareError(f"forward_methods names {name!r}, but {type(model).__name__} has no such method")
-        register_fsdp_forward_method(model, name)
+
+def discard(model: nn.Module) -> None:
+    """Bring `model` back from an exception in its forward or backward, without what its open window had summed.
+
+    Raises `StepError` where torch cannot.
+    """
+    if not hasattr(model, "reset_iter_state"):
+        raise StepError(
+            f"after an exception inside accumulate(), fully_shard of torch {torch.__version__} cannot go on. "
+            "Let the exception end the job, or use torch 2.13."
+        )
+    model.reset_iter_state()  # type: ignore[operator]
+    for module in _sharded_modules(model):
+        for group in _groups(module):
+            for parameter in group.fsdp_params:  # where it keeps, until they are reduced, gradients that are not cut
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
 
 
 def return_no_views(model: nn.Module, inputs: Any, outputs: Any) -> Any:
@@ -53,12 +80,23 @@ def return_no_views(model: nn.Module, inputs: Any, outputs: Any) -> Any:
 
 def _reshard_without_backward(model: nn.Module, inputs: Any, outputs: Any) -> None:
     """Release what no backward will: else `parameters()` are not those that the optimizer holds."""
+    if not (torch.is_grad_enabled() and any(getattr(leaf, "requires_grad", False) for leaf in iterate_leaves(outputs))):
+        for module in _sharded_modules(model):
+            module.reshard()
+
+
+def _groups(module: Any) -> list[Any]:
+    """The groups of parameters that `fully_shard` made of one module; torch 2.9 has one or none."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
-    if not (torch.is_grad_enabled() and any(getattr(leaf, "requires_grad", False) for leaf in iterate_leaves(outputs))):
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def take_from_rank_0(parameters: Iterable[Parameter], device: torch.device) -> None:

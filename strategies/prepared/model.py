@@ -46,6 +46,7 @@ class ModelLink:
 
     def __init__(self, original: nn.Module, accumulation: Accumulation) -> None:
         self.original = original
+        self.name = type(original).__name__  # wrapping may change the class
         self.accumulation = accumulation
         self.num_forward = 0  # forward calls that recorded gradients
         self.bypass = False  # whether calls go past the wrapper, because another window is open
@@ -99,7 +100,7 @@ class ModelLink:
             if name not in self._parameters:
                 strategy = type(self.accumulation.strategy).__name__
                 raise PrepareError(
-                    f"{type(self.original).__name__} had a parameter {name!r} before it was wrapped, and has none of "
+                    f"{self.name} had a parameter {name!r} before it was wrapped, and has none of "
                     f"that name now. {strategy}.wrap must keep the names of parameters."
                 )
             return self._parameters[name]
@@ -110,14 +111,14 @@ class ModelLink:
         for name, parameter in self.original.named_parameters():
             if self._live.get(id(parameter)) is not parameter:
                 raise StepError(
-                    f"{name} of {type(self.original).__name__} is not the parameter that was prepared: it was added or "
+                    f"{name} of {self.name} is not the parameter that was prepared: it was added or "
                     "replaced since, and neither ranks nor the optimizer know it. Change the model before prepare(), "
                     "or write into the parameter: parameter.data.copy_(value)."
                 )
         for name in self._frozen:
             if self._parameters[name].grad is not None:
                 raise StepError(
-                    f"{name} of {type(self.original).__name__} was frozen when it was prepared and has a gradient now, "
+                    f"{name} of {self.name} was frozen when it was prepared and has a gradient now, "
                     "which ranks do not synchronise. Unfreeze parameters before prepare()."
                 )
 

@@ -82,7 +82,7 @@ class OptimizerLink:
         accumulation, window = self.accumulation, self.window
         current = accumulation.current
         if current is not None and current is not window:
-            trained = ", ".join(type(model.original).__name__ for model in self.models)
+            trained = ", ".join(model.name for model in self.models)
             raise StepError(
                 f"{type(self.original).__name__} of {trained} stepped inside an accumulate() that does not name its "
                 "models. Name them: accumulate(model), or accumulate(first, second) for a loss through both."
