@@ -90,6 +90,17 @@ def _refuse_mixed_dtypes(block: Block) -> None:
         )
 
 
+def refuse_caches(model: nn.Module) -> None:
+    """Raise `PrepareError` for a model of `transformers` whose blocks write to a cache: they will run twice."""
+    names = [name for name, part in model.named_modules() if getattr(getattr(part, "config", None), "use_cache", False)]
+    if names:
+        places = ", ".join(f"model{'.' + name if name else ''}.config" for name in names[:1] + names[-1:])
+        raise PrepareError(
+            f"activation_checkpointing computes the blocks of {type(model).__name__} twice, and its cache of keys and "
+            f"values would take them in twice. Set use_cache = False in the config of every part ({places}, ...)."
+        )
+
+
 def by_class(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """The modules of these classes. Raises `PrepareError` for a class that the model has none of."""
     found = [(name, module) for name, module in _candidates(model) if _is_one_of(module, names)]

@@ -54,7 +54,7 @@ class FSDP(Strategy):
     `activation_checkpointing`: whether blocks are computed again in backward (Chen et al. 2016, arXiv:1604.06174).
     `forward_prefetch`, `backward_prefetch`: how many blocks ahead are gathered.
     `compile`: `torch.compile` of each block, with `compile_backend`.
-    `forward_methods`: further methods of the model that use its parameters directly.
+    `forward_methods`: methods of the model, besides `forward` and `generate`, that use its parameters directly.
     """
 
     device: str = "auto"
@@ -174,6 +174,8 @@ class FSDP(Strategy):
         for name in self.forward_methods:
             if not callable(getattr(model, name, None)):
                 raise PrepareError(f"forward_methods names {name!r}, but {type(model).__name__} has no such method")
+        if self.activation_checkpointing:
+            blocks.refuse_caches(model)
         ignored = self._ignored(model)
         found = blocks.find_blocks(model, self._chosen(model), set(ignored.values()))
         recording = deferred_init.recording_of(model)
@@ -188,8 +190,9 @@ class FSDP(Strategy):
             self._shard(model, found, ignored, world, precision)
         if world.size > 1:
             broadcast_buffers(model)
-        for name in self.forward_methods:
-            register_fsdp_forward_method(model, name)
+        for name in {*self.forward_methods, "generate"}:
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
         inner = sorted((block.module for block in found if block.name), key=[*model.modules()].index)
         settle(model, inner, forward=self.forward_prefetch, backward=self.backward_prefetch)
         return model
@@ -331,8 +334,8 @@ class FSDP(Strategy):
         reduce_dtype = getattr(torch, self.reduce_dtype) if self.reduce_dtype else None
         if reduce_dtype is None and precision.dtype is not None:
             reduce_dtype = torch.float32
-        model.register_forward_hook(return_no_views)  # before that of fully_shard
         for block in found:
+            block.module.register_forward_hook(return_no_views)  # before that of fully_shard
             if block.name and self.activation_checkpointing:
                 checkpoint(block.module)
             if block.name and self.compile:

@@ -68,7 +68,7 @@ def discard(model: nn.Module) -> None:
 
 
 def return_no_views(model: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """An operation in place on a view that the model returned would undo the hook that gathers for backward."""
+    """An operation in place on a view that a block returned would undo the hook that gathers for backward."""
 
     def is_view(leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.requires_grad and leaf._is_view()
