@@ -20,7 +20,10 @@ def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of `tensor`, in the same memory; all of it if it is not sharded. Not a collective."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():  # with gradients, it would make a node of the autograd graph
+        return tensor.to_local()  # type: ignore[no-any-return]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -50,12 +53,14 @@ def sum_over_shards(parts: Sequence[tuple[Tensor, Tensor]], op: dist.ReduceOp.Re
     `parts` are pairs of a tensor, which says how it is cut, and a scalar on its device. Tensors that are cut
     alike share one all-reduce. Collective if any of them is sharded; every rank then gives the same tensors.
     """
-    by_groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    by_cut: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
     for tensor, number in parts:
-        by_groups.setdefault(_groups_of(tensor), []).append(number)
+        cut = (id(tensor.device_mesh), tensor.placements) if is_sharded(tensor) else ()
+        by_cut.setdefault(cut, []).append((tensor, number))
     totals = []
-    for groups, numbers in by_groups.items():
-        stacked = torch.stack(numbers)
+    for alike in by_cut.values():
+        groups = _groups_of(alike[0][0])
+        stacked = torch.stack([number for _, number in alike])
         total = stacked.amax() if op == dist.ReduceOp.MAX else stacked.sum()
         for group in groups:
             dist.all_reduce(total, op=op, group=group)

@@ -15,9 +15,10 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ROOT = EXAMPLES.parent
 
 
-def run(script: Path, *arguments: str, nproc: int = 1) -> str:
+def run(script: Path, *arguments: str, nproc: int = 1, strategy: str = "auto") -> str:
     """What `script` prints on `nproc` processes of one thread each."""
-    launch = ["-m", "accelerator", "launch", "--nproc-per-node", str(nproc)] if nproc > 1 else []
+    launch = ["-m", "accelerator", "launch", "--nproc-per-node", str(nproc), "--strategy", strategy]
+    launch = launch if nproc > 1 else []
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     finished = subprocess.run(
         [sys.executable, *launch, str(script), *arguments],
@@ -115,6 +116,19 @@ def test_mixed_precision(nproc: int) -> None:
     assert [row[:2] for row in rows] == [("no", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")]
     assert all(int(taken) + int(skipped) == 50 and taken == scheduled for _, _, taken, skipped, scheduled in rows)
     assert [int(skipped) > 0 for *_, skipped, _ in rows] == [False, False, True]
+
+
+def test_train_fsdp(tmp_path: Path) -> None:
+    script = tmp_path / "train_fsdp.py"
+    script.write_text(
+        (EXAMPLES / "train_fsdp.py").read_text().replace("STEPS = 64, 4, 4, 64, 120", "STEPS = 64, 4, 4, 64, 40")
+    )
+    outputs = [run(script, nproc=1), run(script, nproc=2, strategy="fsdp")]
+    one, two = ([float(loss) for loss in re.findall(r"^step +\d+  loss ([\d.]+)", text, re.M)] for text in outputs)
+    assert len(one) == 2
+    assert one == pytest.approx(two, abs=0.011)
+    assert one[1] < one[0] - 0.1
+    assert "4 x Block of 49,984 + the rest of GPT of 16,512 parameters; 108,224 of 216,448 on each rank" in outputs[1]
 
 
 @pytest.mark.parametrize("nproc", [1, 3])
