@@ -51,6 +51,7 @@ class Window:
         self._loader: DataLoader[Any] | None = None
         self._contexts: list[AbstractContextManager[Any]] = []  # not an ExitStack: those cost 2 us a micro-batch
         self._frozen: list[Tensor] = []
+        self._cannot_go_on: StepError | None = None
 
     def on(self, loader: DataLoader[Any] | None) -> Window:
         """This window, its next micro-batch taken from `loader`; from the loop's own loader with `None`."""
@@ -66,6 +67,8 @@ class Window:
             )
         cursor = accumulation.sources.take(self._loader)
         if self.closing:
+            if self._cannot_go_on is not None:
+                raise self._cannot_go_on
             self._begin(cursor, accumulation.steps_for(cursor))
         elif cursor is not self._cursor or (cursor is not None and cursor.index != self._first_index + self.count):
             self._weighting.leave_plan()  # a skipped batch, a part of one, another loader
@@ -234,8 +237,11 @@ class Window:
                 "an exception inside accumulate() dropped the gradients of %d earlier micro-batches of its window",
                 self.count,
             )
-        for model in self.models:
-            self.accumulation.strategy.discard_gradients(model.wrapped)
+        try:
+            for model in self.models:
+                self.accumulation.strategy.discard_gradients(model.wrapped)
+        except StepError as failure:  # for the next micro-batch: the exception that is on its way says more
+            self._cannot_go_on = failure
         for optimizer in self.optimizers:
             optimizer.original.zero_grad()
         self.closing = True

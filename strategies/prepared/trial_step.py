@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, defaultdict
 from typing import Any
 
@@ -10,34 +11,56 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import PrepareError
-from ..shards import is_sharded, local
+from ..shards import cut_like, is_sharded, local, whole
 
 WORKING = "AdamW, Adam, SGD (without fused), Adagrad, RMSprop, NAdam, RAdam and Adamax"
 
 
 def refuse_unless_it_steps(optimizer: Optimizer) -> None:
-    """Take two steps with the optimizer's settings on small parameters, cut as its own are. Collective.
+    """Take two steps with the optimizer's settings on small parameters, cut as its own are and whole. Collective.
 
-    Raises `PrepareError` if a step fails. The optimizer and its parameters are not touched.
+    Raises `PrepareError` if a step on cut parameters fails, or gives other numbers than on whole ones. The optimizer
+    and its parameters are not touched.
     """
-    trial: Any = object.__new__(type(optimizer))
-    trial.__dict__.update(vars(optimizer))
-    trial.state = defaultdict(dict)
-    trial._optimizer_step_pre_hooks = OrderedDict()  # the user's hooks wait for the real step
-    trial._optimizer_step_post_hooks = OrderedDict()
-    trial.param_groups = [
-        {**group, "params": [_small(parameter) for parameter in _of_each_kind(group["params"])]}
-        for group in optimizer.param_groups
-    ]
-    loss = 0.0
+    results = []
     try:
-        for _ in range(2):
-            type(optimizer).step(trial, lambda: loss)
+        for sharded in (False, True):
+            trial, parameters = _trial_of(optimizer, sharded=sharded)
+            for _ in range(2):
+                type(optimizer).step(trial, lambda: 0.0)
+            results.append([whole(parameter) for parameter in parameters])
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PrepareError(
             f"{type(optimizer).__name__} cannot step on sharded parameters: {reason[:200]}. Of torch, {WORKING} can."
         ) from error
+    for one, cut in zip(*results, strict=True):
+        if not torch.allclose(one, cut, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise PrepareError(
+                f"{type(optimizer).__name__} gives other numbers on sharded parameters than on whole ones: after two "
+                f"trial steps they differ by up to {float((one - cut).abs().max()):.1e}. Of torch, {WORKING} do not."
+            )
+
+
+def _trial_of(optimizer: Optimizer, *, sharded: bool) -> tuple[Any, list[Tensor]]:
+    """A copy of `optimizer` that holds small parameters instead, and these."""
+    trial: Any = object.__new__(type(optimizer))
+    trial.__dict__.update(vars(optimizer))
+    trial.state = defaultdict(dict)
+    trial._optimizer_step_pre_hooks = OrderedDict()  # the user's hooks wait for the real step
+    trial._optimizer_step_post_hooks = OrderedDict()
+    trial.param_groups = []
+    for group in optimizer.param_groups:
+        held = []
+        for parameter in _of_each_kind(group["params"]):
+            small = _small(parameter, sharded=sharded)
+            held.append(small)
+            if parameter in optimizer.state:
+                trial.state[small] = {
+                    name: _small_state(value, parameter, small) for name, value in optimizer.state[parameter].items()
+                }
+        trial.param_groups.append({**group, "params": held})
+    return trial, [parameter for group in trial.param_groups for parameter in group["params"]]
 
 
 def _of_each_kind(parameters: list[Tensor]) -> list[Tensor]:
@@ -46,14 +69,22 @@ def _of_each_kind(parameters: list[Tensor]) -> list[Tensor]:
     return list(kinds.values())
 
 
-def _small(parameter: Tensor) -> Tensor:
-    """A parameter of ones with a gradient, as many dimensions and the same cut."""
-    small = torch.ones([2] * parameter.ndim, dtype=parameter.dtype, device=local(parameter).device)
-    if is_sharded(parameter):
-        from torch.distributed.tensor import distribute_tensor
-
-        small = distribute_tensor(small, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    leaf = torch.nn.Parameter(small, requires_grad=parameter.requires_grad)
+def _small(parameter: Tensor, *, sharded: bool) -> Tensor:
+    """A parameter of a few numbers with a gradient, of as many dimensions, cut alike if `sharded`."""
+    size = [4 if parameter.ndim <= 2 else 2] * parameter.ndim
+    numbers = torch.linspace(-1.0, 2.0, math.prod(size))
+    numbers = numbers.reshape(size).to(local(parameter).device, parameter.dtype)
+    leaf = torch.nn.Parameter(_as(numbers, parameter, sharded=sharded), requires_grad=parameter.requires_grad)
     if parameter.requires_grad:
-        leaf.grad = torch.ones_like(leaf)
+        leaf.grad = _as(numbers * numbers + 0.5, parameter, sharded=sharded)
     return leaf
+
+
+def _small_state(value: Any, parameter: Tensor, small: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.ones_like(small).detach() if value.shape == parameter.shape else value.clone()
+
+
+def _as(numbers: Tensor, parameter: Tensor, *, sharded: bool) -> Tensor:
+    return cut_like(numbers, parameter.detach()) if sharded else numbers

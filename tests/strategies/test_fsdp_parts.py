@@ -186,7 +186,8 @@ def prepare_with(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(FAIL))
 def test_an_optimizer_that_cannot_step_on_shards_is_refused(ranks: RankPool, name: str) -> None:
-    with pytest.raises(PrepareError, match=f"{name} cannot step on sharded parameters: .*AdamW, Adam"):
+    # Adafactor raises with torch 2.13, and takes the norm of its shard alone for the whole with torch 2.9.
+    with pytest.raises(PrepareError, match=f"{name} (cannot step on|gives other numbers on) sharded.*AdamW, Adam"):
         ranks(prepare_with, name, nproc=2)
 
 
