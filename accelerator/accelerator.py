@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 
 from strategies import Precision, Strategy, World, clipping, collectives
 from strategies.accumulation import Accumulation
-from strategies.errors import AcceleratorError, DataError, PrepareError
+from strategies.errors import AcceleratorError, DataError, PrepareError, StateError
 from strategies.init_module import default_dtype
 from strategies.prepared import View, prepare
 from strategies.sources import Cursor
 from strategies.tree import num_samples
 
-from . import export, processes
+from . import checkpoint, export, processes
 from .batch_arithmetic import BatchArithmetic
 from .choice import check_world, chosen_name
 from .config import NOT_GIVEN, NotGiven, given, resolve_settings
@@ -84,6 +84,7 @@ class Accelerator:
         self._arithmetic = BatchArithmetic(self._resolved, self._world)
         self._accumulation = Accumulation(self._strategy, self._world, precision, self._arithmetic.steps_for)
         self._trigger = False
+        self._registered: list[Any] = []
         self._seeded_apart = False
         if self._settings.seed is not None:
             processes.seed_everything(self._settings.seed)
@@ -335,6 +336,52 @@ class Accelerator:
         """
         with default_dtype(dtype), self._strategy.init_context(self._world, empty=empty):
             yield
+
+    def save_state(self, path: str | os.PathLike[str] | None = None, *, keep_last: int | None = None) -> Path:
+        """Write a checkpoint of everything prepared and registered; return its folder. Collective.
+
+        Without `path`, into `checkpoints/step-<optimizer steps>` of `project_dir`. It is there as a whole or not at
+        all. `keep_last` deletes the oldest ones beside it afterwards. Raises `StateError` on every rank if one fails,
+        and inside an open accumulation window.
+        """
+        step = max((link.num_steps for link in self._accumulation.optimizers), default=0)
+        target = Path(path) if path is not None else self._checkpoints() / checkpoint.name_of(step)
+        about = {"step": step, "strategy": self._strategy_name, "mixed_precision": self.mixed_precision}
+        checkpoint.save(target.absolute(), self._accumulation, self._registered, about, keep_last=keep_last)
+        return target
+
+    def load_state(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Go on from a checkpoint, on any strategy and number of processes; return its folder. Collective.
+
+        Without `path`, from the newest in `project_dir` that is whole. Every file is verified before anything is
+        changed. Raises `StateError` if there is none, or if it does not fit what is prepared.
+        """
+        if path is not None:
+            checkpoint.load(Path(path).absolute(), self._accumulation, self._registered)
+            return Path(path)
+        found = self.resume()
+        if found is None:
+            raise StateError(f"load_state() found no checkpoint in {str(self._checkpoints())!r}; give its path")
+        return found
+
+    def resume(self) -> Path | None:
+        """Go on from the newest whole checkpoint in `project_dir`, if there is one; `None` if not. Collective."""
+        return checkpoint.resume(self._checkpoints().absolute(), self._accumulation, self._registered)
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Have `save_state` and `load_state` keep these too: objects with `state_dict` and `load_state_dict`."""
+        for item in objects:
+            if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
+                raise PrepareError(
+                    f"register_for_checkpointing() got {type(item).__name__}; expected objects with state_dict() and "
+                    "load_state_dict()"
+                )
+        self._registered += objects
+
+    def _checkpoints(self) -> Path:
+        if self.project_dir is None:
+            raise StateError("a checkpoint has no place: give save_state(path), or Accelerator(project_dir=...)")
+        return self.project_dir / "checkpoints"
 
     def get_state_dict(self, model: nn.Module, *, sharded: bool = False) -> dict[str, Any]:
         """The weights of `model`: whole, in CPU memory, on rank 0 and empty elsewhere. Collective.

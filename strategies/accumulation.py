@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .base import Strategy
-from .errors import StepError
+from .errors import StateError, StepError
 from .precision import Precision
 from .prepared.view import View
 from .scaling import LossScaler
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .prepared.dataloader import DataLoaderLink
     from .prepared.model import ModelLink
     from .prepared.optimizer import OptimizerLink
+    from .prepared.scheduler import SchedulerLink
 
 
 class Accumulation:
@@ -39,6 +40,7 @@ class Accumulation:
         self.sources = Sources(world)
         self.models: list[ModelLink] = []
         self.optimizers: list[OptimizerLink] = []
+        self.schedulers: list[SchedulerLink] = []
         self.loaders: list[DataLoaderLink] = []
         self.given: list[Any] = []  # the user's own objects that were prepared
         self.current: Window | None = None  # the window whose micro-batch is open
@@ -115,10 +117,36 @@ class Accumulation:
             model.release()
         for windows in (self._windows, self._shared, self._scalers):
             windows.clear()
-        for held in (self.models, self.optimizers, self.loaders, self.given):
+        for held in (self.models, self.optimizers, self.schedulers, self.loaders, self.given):
             held.clear()
         self.current = self.latest = None
         self.sources = Sources(self.world)
+
+    def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
+        """Loss scales and mean weights of all windows, by the names of their models (`names`, by identity).
+
+        Raises `StateError` inside an open window, whose gradients are not in it.
+        """
+        if self.current is not None or self.open_windows():
+            raise StateError(
+                "a checkpoint was asked for inside an open accumulation window, whose gradients it does not hold. Save "
+                "after accumulate(), where accelerator.sync_gradients is true."
+            )
+        return {
+            "scalers": {_joined(models, names): scaler.state_dict() for models, scaler in self._scalers.items()},
+            "units": {_joined(models, names): window.weighting.unit for models, window in self._shared.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], models: Mapping[str, ModelLink]) -> None:
+        """Go on with the scales and weights of `state`; `models` are by the names that it uses."""
+        self.forget_windows()
+        for joined, values in state["scalers"].items():
+            if self.precision.scales_loss:
+                links = tuple(models[name] for name in joined.split("+"))
+                self._scalers.setdefault(links, LossScaler(self.world)).load_state_dict(values)
+        for joined, unit in state["units"].items():
+            links = tuple(models[name] for name in joined.split("+"))
+            self._make_window(links).weighting.unit = unit
 
     def optimizers_of(self, models: Sequence[ModelLink]) -> list[OptimizerLink]:
         """The optimizers that hold parameters of any of `models`."""
@@ -156,3 +184,7 @@ class Accumulation:
             self._scalers.setdefault(models, LossScaler(self.world))
         window = self._shared[models] = Window(self, models, self._scalers.get(models))
         return window
+
+
+def _joined(models: Sequence[ModelLink], names: Mapping[int, str]) -> str:
+    return "+".join(names[id(model)] for model in models)

@@ -30,7 +30,7 @@ class Weighting:
         # Mean explicit weight of a micro-batch, from the last window that had any (in the first one, from the
         # first that weighs anything: one all-reduce). It keeps gradients near their true size until the true sum is
         # known, so that float16 does not overflow; it is the same on all ranks, as the reference must be.
-        self._unit: float | Tensor | None = None
+        self.unit: float | Tensor | None = None
         self._num_parts = 1
         self._reference: float | Tensor | None = 1.0
         self._deferred = False
@@ -96,14 +96,14 @@ class Weighting:
                 return 0.0
             correction = float(self._reference) / self._sum
             if self._explicit:
-                self._unit = self._sum / self._num_parts
+                self.unit = self._sum / self._num_parts
             return correction
         if self._reference is None:
             return 0.0
         total = collectives.sum_scalar(self._sum, self._world)
         some = total > 0
-        if self._explicit and self._unit is not None:
-            self._unit = torch.where(some, total / self._num_parts, self._unit)
+        if self._explicit and self.unit is not None:
+            self.unit = torch.where(some, total / self._num_parts, self.unit)
         scaled = self._reference / total.clamp(min=torch.finfo(total.dtype).tiny)
         return torch.where(some, scaled, torch.zeros_like(total))
 
@@ -113,7 +113,7 @@ class Weighting:
             weight = 0.0
         if self._explicit is None:
             self._deferred = self._num_parts > 1
-            self._reference = None if self._unit is None else self._unit * self._num_parts
+            self._reference = None if self.unit is None else self.unit * self._num_parts
         if again and not _on_device(weight) and float(weight) != float(self._last):
             raise StepError(
                 f"backward() got weight={weight} after weight={self._last} in the same micro-batch. The losses of one "
@@ -126,7 +126,7 @@ class Weighting:
         if self._reference is None:
             mean = float(collectives.sum_scalar(weight, self._world)) / self._world.size
             if mean > 0:
-                self._unit = mean
+                self.unit = mean
                 self._reference = mean * self._num_parts
         return weight
 

@@ -42,7 +42,7 @@ class Window:
         self.num_backward = 0  # backward calls in the micro-batch that is open, or was last
         self.stepped: set[OptimizerLink] = set()
         self._finished: set[OptimizerLink] = set()
-        self._weighting = Weighting(accumulation.world)
+        self.weighting = Weighting(accumulation.world)
         self._correction: float | Tensor | None = None
         self.steps = 1  # micro-batches of a full window
         self._num_forward = 0  # forward calls of the models before the last backward
@@ -71,7 +71,7 @@ class Window:
                 raise self._cannot_go_on
             self._begin(cursor, accumulation.steps_for(cursor))
         elif cursor is not self._cursor or (cursor is not None and cursor.index != self._first_index + self.count):
-            self._weighting.leave_plan()  # a skipped batch, a part of one, another loader
+            self.weighting.leave_plan()  # a skipped batch, a part of one, another loader
         self._cursor = cursor
         self.num_backward = 0
         self.closing = self.count + 1 >= self.steps or (cursor is not None and cursor.is_last)
@@ -103,8 +103,8 @@ class Window:
             return
         self.count += 1
         if self.num_backward == 0:  # left by `continue`, say: this micro-batch is not in the mean
-            self._weighting.leave_plan()
-            if self.closing and self._weighting.has_any and not self.stepped:
+            self.weighting.leave_plan()
+            if self.closing and self.weighting.has_any and not self.stepped:
                 self.closing = False  # nobody stepped: the next micro-batch closes the window instead
         if self.closing:
             accumulation.strategy.mark_step(accumulation.world)
@@ -128,7 +128,7 @@ class Window:
             raise StepError(_what_is_wrong(loss, bool(self._frozen)))
         if self._synchronises:
             self._check_forward()
-        factor = self._weighting.factor(self._cursor, weight, again=self.num_backward > 0)
+        factor = self.weighting.factor(self._cursor, weight, again=self.num_backward > 0)
         self.num_backward += 1
         try:
             if self.scaler is not None:
@@ -191,7 +191,7 @@ class Window:
             for model in self.models:
                 model.check_parameters()
         accumulation.strategy.reduce_gradients([model.wrapped for model in self.models], accumulation.world)
-        self._correction = self._weighting.correction()
+        self._correction = self.weighting.correction()
 
     def may_zero(self, optimizers: Sequence[OptimizerLink]) -> bool:
         """Whether gradients of `optimizers` may be zeroed now.
@@ -219,7 +219,7 @@ class Window:
             self.scaler.begin_window()
         self.steps = steps
         self._first_index = cursor.index if cursor is not None else -1
-        self._weighting.begin(cursor, steps)
+        self.weighting.begin(cursor, steps)
         self._correction = None
         self._finished.clear()
         self.stepped.clear()

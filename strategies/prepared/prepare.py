@@ -29,7 +29,13 @@ def prepare(objects: Sequence[Any], accumulation: Accumulation, *, split_batches
     kinds = [_kind(item) for item in objects]
     _refuse_repeated(objects, accumulation)
     accumulation.forget_windows()
-    before = accumulation.models[:], accumulation.optimizers[:], accumulation.loaders[:]
+    held: tuple[list[Any], ...] = (
+        accumulation.models,
+        accumulation.optimizers,
+        accumulation.schedulers,
+        accumulation.loaders,
+    )
+    before = [items[:] for items in held]
     prepared: dict[int, Any] = {}
     try:
         for index in _indices(kinds, "model"):
@@ -44,7 +50,8 @@ def prepare(objects: Sequence[Any], accumulation: Accumulation, *, split_batches
                 objects[index], accumulation, split_batches=split_batches, seed=own_seed
             )
     except BaseException:
-        accumulation.models, accumulation.optimizers, accumulation.loaders = before
+        for items, earlier in zip(held, before, strict=True):
+            items[:] = earlier
         raise
     accumulation.given += objects
     return [prepared[index] for index in range(len(objects))]

@@ -61,7 +61,9 @@ def prepare_scheduler(scheduler: Any, accumulation: Accumulation) -> Any:
         # The scheduler may have been built from the user's optimizer or from the view that prepare returned.
         inner = getattr(getattr(scheduler.optimizer, "_link", None), "original", scheduler.optimizer)
         if optimizer.original is inner:
-            return make_view(scheduler, PreparedScheduler, SchedulerLink(scheduler, optimizer))
+            link = SchedulerLink(scheduler, optimizer)
+            accumulation.schedulers.append(link)
+            return make_view(scheduler, PreparedScheduler, link)
     raise PrepareError(
         f"{type(scheduler).__name__} schedules a {type(scheduler.optimizer).__name__} that is not prepared. "
         "Give its optimizer to the same prepare(), or to an earlier one."

@@ -1,0 +1,218 @@
+"""What is in a checkpoint: every prepared and registered object by its name, as JSON and tensors.
+
+Names come from the objects, never from the order in which they were prepared: parameters are called as in their
+model, an optimizer's state by its parameters.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strategies.accumulation import Accumulation
+from strategies.errors import StateError
+
+from .encode import decode, encode, names_of_tensors
+
+Index = Mapping[str, tuple[torch.Size, torch.dtype]]
+
+
+class Content:
+    """The objects of one run under their names, and their state."""
+
+    def __init__(self, accumulation: Accumulation, registered: Sequence[Any]) -> None:
+        self._accumulation = accumulation
+        self.models = _named([(link.name, link) for link in accumulation.models], "models")
+        self._model_names = {id(link): name for name, link in self.models.items()}
+        self.optimizers = _named(
+            [(f"{type(link.original).__name__} of {self._trained(link)}", link) for link in accumulation.optimizers],
+            "optimizers",
+        )
+        optimizer_names = {id(link): name for name, link in self.optimizers.items()}
+        self.schedulers = _named(
+            [
+                (f"{type(link.original).__name__} of {optimizer_names[id(link.optimizer)]}", link)
+                for link in accumulation.schedulers
+            ],
+            "schedulers",
+        )
+        self.registered = _named([(type(item).__name__, item) for item in registered], "registered objects")
+
+    def _trained(self, optimizer: Any) -> str:
+        return "+".join(name for name, link in self.models.items() if link in optimizer.models)
+
+    # -- out -----------------------------------------------------------------------------------------------
+
+    def collect(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The state of everything, as JSON, and the tensors that it names. Not a copy."""
+        tensors: dict[str, Tensor] = {}
+        state = {
+            "models": {name: self._of_model(name, link, tensors) for name, link in self.models.items()},
+            "optimizers": {name: self._of_optimizer(name, link, tensors) for name, link in self.optimizers.items()},
+            "schedulers": {
+                name: {
+                    "state": encode(link.original.state_dict(), f"scheduler/{name}", tensors),
+                    "num_followed": link.num_followed,
+                }
+                for name, link in self.schedulers.items()
+            },
+            "registered": {
+                name: encode(item.state_dict(), f"registered/{name}", tensors) for name, item in self.registered.items()
+            },
+            "step": encode(self._accumulation.state_dict(self._model_names), "step", tensors),
+        }
+        return state, tensors
+
+    def _of_model(self, name: str, link: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        extra = {}
+        seen: set[int] = set()
+        for key, value in link.original.state_dict(keep_vars=True).items():
+            if not isinstance(value, Tensor):
+                extra[key] = encode(value, f"model/{name}/{key}", tensors)
+            elif id(value) not in seen:  # tied weights once
+                seen.add(id(value))
+                tensors[f"model/{name}/{key}"] = value.detach()
+        return {"extra": extra}
+
+    def _of_optimizer(self, name: str, link: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        names = self._parameter_names(link)
+        groups = []
+        for index, group in enumerate(link.original.param_groups):
+            options = {key: value for key, value in group.items() if key != "params"}
+            groups.append(
+                {
+                    "parameters": [names[id(parameter)] for parameter in group["params"]],
+                    "options": encode(options, f"optimizer/{name}/options/{index}", tensors),
+                }
+            )
+        state = {
+            names[id(parameter)]: encode(dict(values), f"optimizer/{name}/state/{names[id(parameter)]}", tensors)
+            for parameter, values in link.original.state.items()
+        }
+        return {"groups": groups, "state": state, "num_steps": link.num_steps}
+
+    def _parameter_names(self, optimizer: Any) -> dict[int, str]:
+        return {
+            id(parameter): f"{self._model_names[id(model)]}.{name}"
+            for model in optimizer.models
+            for name, parameter in model.original.named_parameters()
+        }
+
+    # -- in ------------------------------------------------------------------------------------------------
+
+    def check(self, state: Mapping[str, Any], index: Index) -> None:
+        """Raise `StateError` with everything that does not fit, before anything is changed."""
+        wrong: list[str] = []
+        for kind in ("models", "optimizers", "schedulers", "registered"):
+            wrong += _differing(kind, state[kind], getattr(self, kind))
+        for name in self.models.keys() & state["models"].keys():
+            wrong += self._check_model(name, index)
+        for name in self.optimizers.keys() & state["optimizers"].keys():
+            saved = [set(group["parameters"]) for group in state["optimizers"][name]["groups"]]
+            names = self._parameter_names(self.optimizers[name])
+            here = [{names[id(p)] for p in group["params"]} for group in self.optimizers[name].original.param_groups]
+            if saved != here and not wrong:
+                wrong.append(
+                    f"{name}: parameter groups of {[len(group) for group in saved]} parameters were saved, and there "
+                    f"are {[len(group) for group in here]}, or they hold other parameters"
+                )
+        wrong += [f"{name}: named but not there" for name in names_of_tensors(dict(state)) if name not in index]
+        if wrong:
+            raise StateError("the checkpoint is of another run, and nothing was loaded. " + "; ".join(wrong))
+
+    def _check_model(self, name: str, index: Index) -> list[str]:
+        prefix = f"model/{name}/"
+        saved = {key.removeprefix(prefix): shape for key, (shape, _) in index.items() if key.startswith(prefix)}
+        here: dict[str, torch.Size] = {}
+        seen: set[int] = set()
+        for key, value in self.models[name].original.state_dict(keep_vars=True).items():
+            if isinstance(value, Tensor) and id(value) not in seen:
+                seen.add(id(value))
+                here[key] = value.shape
+        wrong = _differing(f"tensors of {name}", saved, here)
+        reshaped = [key for key in saved.keys() & here.keys() if saved[key] != here[key]]
+        if reshaped:
+            listed = [f"{key} is {tuple(saved[key])} and should be {tuple(here[key])}" for key in sorted(reshaped)]
+            wrong.append(f"other shapes in {name}: {_listed(listed)}")
+        return wrong
+
+    def targets(self, state: Mapping[str, Any], index: Index) -> dict[str, Tensor]:
+        """The tensors to be read: those of the models in their place, others new, cut as their parameter is."""
+        targets: dict[str, Tensor] = {}
+        for name, link in self.models.items():
+            for key, value in link.original.state_dict(keep_vars=True).items():
+                if f"model/{name}/{key}" in index and isinstance(value, Tensor):
+                    targets[f"model/{name}/{key}"] = value.detach()
+        for name, link in self.optimizers.items():
+            parameters = {self._parameter_names(link)[id(p)]: p for p in link.parameters()}
+            for parameter_name, values in state["optimizers"][name]["state"].items():
+                for tensor in names_of_tensors(values):
+                    targets[tensor] = _like(parameters[parameter_name], *index[tensor])
+        for tensor in names_of_tensors(dict(state)):
+            if tensor not in targets:
+                shape, dtype = index[tensor]
+                targets[tensor] = torch.empty(shape, dtype=dtype)
+        return targets
+
+    def apply(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Give every object its state. `tensors` were read; those of the models are in their place already."""
+        for name, link in self.models.items():
+            extra = {key: decode(value, tensors) for key, value in state["models"][name]["extra"].items()}
+            if extra:
+                link.original.load_state_dict(extra, strict=False)
+        for name, link in self.optimizers.items():
+            self._apply_optimizer(link, state["optimizers"][name], tensors)
+        for name, link in self.schedulers.items():
+            link.original.load_state_dict(decode(state["schedulers"][name]["state"], tensors))
+            link.num_followed = state["schedulers"][name]["num_followed"]
+        for name, item in self.registered.items():
+            item.load_state_dict(decode(state["registered"][name], tensors))
+        self._accumulation.load_state_dict(decode(state["step"], tensors), self.models)
+
+    def _apply_optimizer(self, link: Any, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        names = self._parameter_names(link)
+        for group, stored in zip(link.original.param_groups, saved["groups"], strict=True):
+            group.update(decode(stored["options"], tensors))
+            on_device = group.get("fused") or group.get("capturable")
+            for parameter in group["params"]:
+                link.original.state.pop(parameter, None)
+                if names[id(parameter)] in saved["state"]:
+                    values = decode(saved["state"][names[id(parameter)]], tensors)
+                    step = values.get("step")
+                    if isinstance(step, Tensor) and on_device:
+                        values["step"] = step.to(parameter.device)
+                    link.original.state[parameter] = values
+        link.num_steps = saved["num_steps"]
+        link.last_call = "none"
+
+
+def _like(parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    if shape == parameter.shape and parameter.ndim:
+        return torch.empty_like(parameter.detach(), dtype=dtype)
+    return torch.empty(shape, dtype=dtype)
+
+
+def _named(pairs: Iterable[tuple[str, Any]], kind: str) -> dict[str, Any]:
+    pairs = list(pairs)
+    doubled = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if doubled:
+        raise StateError(
+            f"a checkpoint tells {kind} apart by name, and there are several called {', '.join(doubled)}. Give their "
+            "classes different names: class Critic(Net): ..."
+        )
+    return dict(pairs)
+
+
+def _differing(kind: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    missing = sorted(here.keys() - saved.keys())
+    foreign = sorted(saved.keys() - here.keys())
+    wrong = [f"missing {kind}: {_listed(missing)}"] if missing else []
+    return [*wrong, f"foreign {kind}: {_listed(foreign)}"] if foreign else wrong
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")

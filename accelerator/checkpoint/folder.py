@@ -1,0 +1,150 @@
+"""A checkpoint on disk: a folder that is there as a whole or not at all, with a digest of every file in it.
+
+Files are written into a hidden folder beside their place. `manifest.json`, written last, names every file with its
+size and digest (xxh3, 128 bits); then everything is flushed to the disk and one rename puts the folder in its
+place. A folder without a manifest that fits is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from strategies.errors import StateError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{9})")
+_HIDDEN = ".writing-"
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file as the manifest knows it."""
+
+    size: int
+    digest: str
+
+
+def name_of(step: int) -> str:
+    """The name of the folder for an optimizer step."""
+    return f"step-{step:09d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The optimizer step in a folder's name; `None` for a name of another kind."""
+    found = _NAME.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def newest_first(parent: Path) -> list[Path]:
+    """The checkpoints below `parent`, by their names, the newest first. Whether they are whole is not looked at."""
+    if not parent.is_dir():
+        return []
+    found = [path for path in parent.iterdir() if step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def hidden_beside(target: Path) -> Path:
+    """Where the files of `target` are written until it is whole."""
+    return target.with_name(_HIDDEN + target.name)
+
+
+def entry_of(path: Path) -> FileEntry:
+    """Size and digest of a file, read block by block."""
+    digest = xxhash.xxh3_128()
+    size = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return FileEntry(size, digest.hexdigest())
+
+
+def flush(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(hidden: Path, target: Path, files: Mapping[str, FileEntry], about: Mapping[str, Any]) -> None:
+    """Write the manifest of the files in `hidden`, and put the folder in its place as `target`. One rank calls it."""
+    listed = {name: {"size": entry.size, "xxh3_128": entry.digest} for name, entry in sorted(files.items())}
+    body = {"format": FORMAT, **about, "files": listed}
+    text = json.dumps({**body, "digest": _digest_of(body)}, indent=1)
+    manifest = hidden / MANIFEST
+    manifest.write_text(text + "\n")
+    flush(manifest)
+    for folder in {(hidden / name).parent for name in files} | {hidden}:
+        flush(folder)
+    if target.exists():  # an older one of the same step: out of the way in one rename, and only then deleted
+        old = target.with_name(f".old-{target.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        hidden.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        hidden.rename(target)
+    flush(target.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises `StateError` if there is none, or if it is not as it was written."""
+    path = folder / MANIFEST
+    try:
+        read = json.loads(path.read_text())
+        body = {key: value for key, value in read.items() if key != "digest"}
+        good = read["digest"] == _digest_of(body)
+        files, version = body["files"], body["format"]
+        well_formed = all(_is_plain(name) and {"size", "xxh3_128"} <= entry.keys() for name, entry in files.items())
+    except FileNotFoundError:
+        raise StateError(f"{str(folder)!r} has no {MANIFEST}; it was never finished, or is no checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StateError(f"{str(path)!r} cannot be read as a manifest: {error!r}") from error
+    if not good or not well_formed:
+        raise StateError(f"{str(path)!r} is not as it was written")
+    if version != FORMAT:
+        raise StateError(
+            f"{str(folder)!r} has format {version}, and this release reads {FORMAT}. Read it with the release that "
+            f"wrote it ({body.get('versions', {}).get('accelerator', 'not noted')})."
+        )
+    return body
+
+
+def what_is_wrong(folder: Path, manifest: Mapping[str, Any], rank: int = 0, size: int = 1) -> list[str]:
+    """What differs from the manifest, among every `size`-th file; nothing if all is as it was written."""
+    wrong = []
+    for index, (name, expected) in enumerate(manifest["files"].items()):
+        if index % size != rank:
+            continue
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            wrong.append(f"{name} is missing")
+            continue
+        if path.stat().st_size != expected["size"]:
+            wrong.append(f"{name} has {path.stat().st_size} bytes instead of {expected['size']}")
+        elif entry_of(path).digest != expected["xxh3_128"]:
+            wrong.append(f"{name} has other contents than were written")
+    return wrong
+
+
+def _is_plain(name: str) -> bool:
+    """Whether the path leads to a file inside the folder."""
+    parts = Path(name).parts
+    return bool(parts) and not Path(name).is_absolute() and ".." not in parts
+
+
+def _digest_of(body: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(body, sort_keys=True).encode()).hexdigest()

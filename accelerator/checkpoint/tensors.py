@@ -1,0 +1,124 @@
+"""Tensors through `torch.distributed.checkpoint`: each rank its part, read again by any number of ranks.
+
+Its index, `.metadata`, is a pickle, and reading a pickle can run anything. Here only the classes that an index is
+made of are let through, and nothing but tensors is read.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from strategies import World
+from strategies.errors import StateError
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+_DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype | torch.layout)}
+_ALLOWED = {
+    (f"{_CHECKPOINT}.metadata", "Metadata"),
+    (f"{_CHECKPOINT}.metadata", "MetadataIndex"),
+    (f"{_CHECKPOINT}.metadata", "TensorStorageMetadata"),
+    (f"{_CHECKPOINT}.metadata", "ChunkStorageMetadata"),
+    (f"{_CHECKPOINT}.metadata", "TensorProperties"),
+    (f"{_CHECKPOINT}.metadata", "StorageMeta"),
+    (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+} | {("torch", name) for name in _DTYPES}
+
+
+class _OnlyAnIndex(pickle.Unpickler):
+    """Reads the classes of an index and refuses all others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise StateError(f"the index of the tensors names {module}.{name}, which no checkpoint needs: not read")
+        return super().find_class(module, name)
+
+
+def write(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
+    """Write this rank's part of every tensor. Collective; what is whole on every rank is written once."""
+    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _quiet():
+            save(dict(tensors), storage_writer=FileSystemWriter(folder, sync_files=False), no_dist=world.size == 1)
+    except CheckpointException as error:  # derives from BaseException
+        raise StateError(f"writing tensors failed: {_first_reason(error)}") from error
+
+
+def read(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
+    """Read this rank's part of every tensor into its place. Collective."""
+    from torch.distributed.checkpoint import DefaultLoadPlanner, load
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    wanted = cast(dict[str, Any], dict(tensors))
+    try:
+        with _quiet():
+            load(wanted, storage_reader=_reader(folder), planner=DefaultLoadPlanner(), no_dist=world.size == 1)
+    except CheckpointException as error:
+        raise StateError(f"reading tensors failed: {_first_reason(error)}") from error
+
+
+def index_of(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every tensor in the folder. Raises `StateError` for anything but tensors there."""
+    metadata = _reader(folder).read_metadata()
+    return {name: (item.size, item.properties.dtype) for name, item in metadata.state_dict_metadata.items()}
+
+
+def _reader(folder: Path) -> Any:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                with (folder / ".metadata").open("rb") as file:
+                    metadata = _OnlyAnIndex(file).load()
+            except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+                raise StateError(f"the index of the tensors in {str(folder)!r} cannot be read: {error!r}") from error
+            if not isinstance(metadata, Metadata):
+                raise StateError(f"the index of the tensors in {str(folder)!r} is a {type(metadata).__name__}")
+            for name, item in metadata.state_dict_metadata.items():
+                if not isinstance(item, TensorStorageMetadata):
+                    raise StateError(f"{name} in {str(folder)!r} is no tensor, and nothing else is read from there")
+            for place in (metadata.storage_data or {}).values():
+                if Path(place.relative_path).name != place.relative_path:
+                    raise StateError(f"the index in {str(folder)!r} leads elsewhere: {place.relative_path!r}")
+                if getattr(place, "transform_descriptors", None):
+                    raise StateError(f"the index in {str(folder)!r} asks for {place.transform_descriptors!r}")
+            metadata.storage_meta = None
+            return metadata
+
+    return Reader(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that it saves in one process, where that is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _first_reason(error: Any) -> str:
+    failures = getattr(error, "failures", {})
+    for rank, (reason, _) in sorted(failures.items()):
+        return f"rank {rank}: {reason!r}"
+    return repr(error)

@@ -1,0 +1,148 @@
+"""A run that stops and goes on equals the run that never stopped: bit for bit in the same place, nearly in others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from accelerator import Accelerator
+from blocks_net import Net, losses_of
+from rank_pool import RankPool
+from strategies import CPU, DDP, FSDP
+
+PLACES: dict[str, tuple[Any, int]] = {
+    "cpu": (CPU(), 1),
+    "ddp 2": (DDP(), 2),
+    "fsdp 2": (FSDP(), 2),
+    "fsdp 4": (FSDP(), 4),
+    "hsdp": (FSDP(replicate=2), 4),
+}
+STEPS, WINDOWS = 2, 6
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.seen: dict[Any, Any] = {"batches": 0, ("a", 1): {2, 3}, "mean": torch.zeros(3)}
+
+    def state_dict(self) -> dict[Any, Any]:
+        return self.seen
+
+    def load_state_dict(self, state: dict[Any, Any]) -> None:
+        self.seen = state
+
+
+def run(
+    strategy: Any,
+    folder: str,
+    first: int,
+    last: int,
+    *,
+    precision: Any = "no",
+    dropout: float = 0.0,
+    save: bool = True,
+    weighted: bool = False,
+) -> dict[str, Any]:
+    """Windows `first` to `last` of a training on given batches, resumed from `folder` if there is anything."""
+    accelerator = Accelerator(
+        strategy, gradient_accumulation_steps=STEPS, mixed_precision=precision, project_dir=folder
+    )
+    torch.manual_seed(0 if first == 0 else 99)
+    net = nn.Sequential(Net(), nn.Identity())
+    drop = nn.Dropout(dropout)
+    named = list(net.named_parameters())
+    groups = [
+        {"params": [p for name, p in named if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for name, p in named if p.ndim <= 1]},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.02, eps=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, WINDOWS)
+    counter = Counter()
+    model, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
+    accelerator.register_for_checkpointing(counter)
+    if first:
+        assert accelerator.resume() == Path(folder) / "checkpoints" / f"step-{first:09d}"
+    data = torch.randn(WINDOWS * STEPS, 4, 5, generator=torch.Generator().manual_seed(1))
+    size, rank = accelerator.num_processes, accelerator.process_index
+    losses = []
+    for batch in data[first * STEPS : last * STEPS]:
+        mine = batch.view(size, -1, 5)[rank]
+        with accelerator.accumulate(model):
+            loss = losses_of(model(drop(mine)).float(), torch.ones(len(mine))).mean() / 64
+            accelerator.backward(loss, weight=1.0 + rank if weighted else None)
+            accelerator.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+        counter.seen["batches"] += 1
+        counter.seen["mean"] += 1
+    if save:
+        accelerator.save_state()
+    weights = accelerator.get_state_dict(model)
+    result = {
+        "losses": losses,
+        "weights": weights,
+        "rate": optimizer.param_groups[0]["lr"],
+        "counter": counter.seen,
+        "draw": torch.rand(2),
+        "epoch": scheduler.last_epoch,
+    }
+    accelerator.end_training()
+    return result
+
+
+def through(ranks: RankPool, folder: Path, places: list[str], **options: Any) -> list[dict[str, Any]]:
+    """One window range after another, each at its place."""
+    each = WINDOWS // len(places)
+    results = []
+    for index, name in enumerate(places):
+        strategy, nproc = PLACES[name]
+        results.append(ranks(call, strategy, str(folder), index * each, (index + 1) * each, options, nproc=nproc)[0])
+    return results
+
+
+def call(strategy: Any, folder: str, first: int, last: int, options: dict[str, Any]) -> dict[str, Any]:
+    return run(strategy, folder, first, last, **options)
+
+
+@pytest.mark.parametrize("place", list(PLACES))
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"precision": "fp16"}], ids=["dropout", "fp16"])
+def test_going_on_at_the_same_place_is_exact(
+    ranks: RankPool, tmp_path: Path, place: str, options: dict[str, Any]
+) -> None:
+    (whole,) = through(ranks, tmp_path / "whole", [place], **options)
+    parts = through(ranks, tmp_path / "parts", [place, place, place], **options)
+    assert [loss for part in parts for loss in part["losses"]] == whole["losses"]
+    for key, value in whole["weights"].items():
+        assert torch.equal(parts[-1]["weights"][key], value), key
+    assert torch.equal(parts[-1]["draw"], whole["draw"])
+    assert (parts[-1]["rate"], parts[-1]["epoch"]) == (whole["rate"], whole["epoch"])
+    assert parts[-1]["counter"]["batches"] == whole["counter"]["batches"] == WINDOWS * STEPS
+    assert parts[-1]["counter"][("a", 1)] == {2, 3}
+    assert torch.equal(parts[-1]["counter"]["mean"], whole["counter"]["mean"])
+
+
+def test_mean_weights_of_windows_go_on(ranks: RankPool, tmp_path: Path) -> None:
+    (whole,) = through(ranks, tmp_path / "whole", ["ddp 2"], weighted=True)
+    parts = through(ranks, tmp_path / "parts", ["ddp 2", "ddp 2"], weighted=True)
+    for key, value in whole["weights"].items():
+        assert torch.equal(parts[-1]["weights"][key], value), key
+
+
+@pytest.mark.parametrize("writer", list(PLACES))
+def test_every_place_goes_on_from_every_other(ranks: RankPool, tmp_path: Path, writer: str) -> None:
+    (whole,) = through(ranks, tmp_path / "whole", ["cpu"])
+    strategy, nproc = PLACES[writer]
+    (first,) = ranks(call, strategy, str(tmp_path), 0, 3, {}, nproc=nproc)[:1]
+    assert first["losses"] == pytest.approx(whole["losses"][:6], abs=1e-6)
+    for reader in PLACES:
+        strategy, nproc = PLACES[reader]
+        second = ranks(call, strategy, str(tmp_path), 3, 6, {"save": False}, nproc=nproc)[0]
+        assert second["losses"] == pytest.approx(whole["losses"][6:], abs=1e-6), reader
+        assert second["rate"] == pytest.approx(whole["rate"])
+        for key, value in whole["weights"].items():
+            torch.testing.assert_close(second["weights"][key], value, atol=1e-5, rtol=1e-4)
