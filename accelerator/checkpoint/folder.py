@@ -85,7 +85,7 @@ def commit(hidden: Path, target: Path, files: Mapping[str, FileEntry], about: Ma
     body = {"format": FORMAT, **about, "files": listed}
     text = json.dumps({**body, "digest": _digest_of(body)}, indent=1)
     manifest = hidden / MANIFEST
-    manifest.write_text(text + "\n")
+    manifest.write_text(text)
     flush(manifest)
     for folder in {(hidden / name).parent for name in files} | {hidden}:
         flush(folder)
@@ -103,6 +103,8 @@ def commit(hidden: Path, target: Path, files: Mapping[str, FileEntry], about: Ma
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises `StateError` if there is none, or if it is not as it was written."""
     path = folder / MANIFEST
+    if path.is_symlink():
+        raise StateError(f"{str(path)!r} is not as it was written")
     try:
         read = json.loads(path.read_text())
         body = {key: value for key, value in read.items() if key != "digest"}

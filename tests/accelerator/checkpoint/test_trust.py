@@ -1,0 +1,438 @@
+"""What a checkpoint survives, what is noticed, and that reading one runs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from accelerator import Accelerator
+from accelerator.checkpoint.encode import decode, encode
+from fresh_process import FreshProcesses
+from rank_pool import RankPool
+from strategies import CPU, DDP, FSDP, PrepareError, StateError
+
+
+class Net(nn.Linear):
+    pass
+
+
+def written(folder: Path, steps: int = 1) -> Accelerator:
+    """An Accelerator that trained `steps` steps and saved after each."""
+    accelerator = Accelerator(CPU(), project_dir=folder)
+    net = Net(4, 3)
+    model, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
+    for _ in range(steps):
+        accelerator.backward(model(torch.ones(2, 4)).sum())
+        optimizer.step()
+        accelerator.save_state()
+    return accelerator
+
+
+def reader(folder: Path, net: nn.Module | None = None) -> tuple[Accelerator, Any]:
+    accelerator = Accelerator(CPU(), project_dir=folder)
+    net = net or Net(4, 3)
+    model, _ = accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
+    return accelerator, model
+
+
+def checkpoint_of(folder: Path, step: int = 1) -> Path:
+    return folder / "checkpoints" / f"step-{step:09d}"
+
+
+# -- damage ----------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.Random(str(path)).randrange(len(content))] ^= 1 << 3
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def swap(path: Path) -> None:
+    other = next(one for one in path.parent.iterdir() if one.is_file() and one != path)
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "flip": flip, "truncate": truncate, "delete": Path.unlink, "swap": swap,
+    "link": lambda path: (path.rename(path.with_name("moved")), path.symlink_to("moved")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_any_damage_to_any_file_is_noticed_before_anything_changes(tmp_path: Path, damage: str) -> None:
+    written(tmp_path)
+    whole = checkpoint_of(tmp_path)
+    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
+    assert {"manifest.json", "state.json", "tensors/.metadata"} < {str(path) for path in files}
+    accelerator, model = reader(tmp_path)
+    before = [parameter.clone() for parameter in model.parameters()]
+    for index, name in enumerate(files):
+        copy = tmp_path / f"damaged-{index}"
+        shutil.copytree(whole, copy)
+        DAMAGE[damage](copy / name)
+        with pytest.raises(StateError):
+            accelerator.load_state(copy)
+        assert all(torch.equal(one, two) for one, two in zip(model.parameters(), before, strict=True))
+    accelerator.load_state(whole)
+    assert not torch.equal(next(model.parameters()), before[0])
+
+
+def test_resume_walks_back_past_broken_ones_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path, steps=3)
+    flip(checkpoint_of(tmp_path, 3) / "state.json")
+    (checkpoint_of(tmp_path, 2) / "manifest.json").unlink()
+    accelerator, _ = reader(tmp_path)
+    assert accelerator.resume() == checkpoint_of(tmp_path, 1).absolute()
+    assert "state.json has other contents" in caplog.text
+    assert "has no manifest.json; it was never finished" in caplog.text
+    flip(checkpoint_of(tmp_path, 1) / "tensors" / ".metadata")
+    with pytest.raises(StateError, match=r"none of the 3 checkpoints .* is whole"):
+        accelerator.resume()
+
+
+def test_without_a_checkpoint(tmp_path: Path) -> None:
+    accelerator, _ = reader(tmp_path)
+    assert accelerator.resume() is None
+    with pytest.raises(StateError, match="found no checkpoint"):
+        accelerator.load_state()
+    with pytest.raises(StateError, match="has no manifest"):
+        accelerator.load_state(tmp_path)
+
+
+def test_saving_again_replaces_and_keep_last_deletes_the_oldest(tmp_path: Path) -> None:
+    accelerator = written(tmp_path, steps=3)
+    accelerator.save_state()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [".lock", *(f"step-{step:09d}" for step in (1, 2, 3))]
+    accelerator.save_state(keep_last=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [".lock", *names[2:]]
+    reader(tmp_path)[0].load_state(accelerator.save_state(tmp_path / "named"))
+
+
+# -- failures while saving -------------------------------------------------------------------------------------
+
+
+def save_into(strategy: Any, folder: str, spoil: str) -> str:
+    accelerator = Accelerator(strategy, project_dir=folder)
+    net = Net(4, 3)
+    accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
+    if spoil == "object" and accelerator.process_index == 1:
+        accelerator.register_for_checkpointing(Unserialisable())
+    if spoil == "folder" and accelerator.is_main_process:
+        (Path(folder) / "checkpoints").write_text("in the way")
+    accelerator.wait_for_everyone()
+    with pytest.raises(StateError) as caught:
+        accelerator.save_state()
+    if spoil == "folder" and accelerator.is_main_process:
+        (Path(folder) / "checkpoints").unlink()
+    accelerator.wait_for_everyone()
+    if spoil == "folder":
+        accelerator.save_state()  # the run goes on
+    return str(caught.value)
+
+
+class Unserialisable:
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": {"stream": object()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def test_a_failure_of_one_rank_is_that_of_all_with_its_reason(ranks: RankPool, tmp_path: Path) -> None:
+    for index, strategy in enumerate((DDP(), FSDP())):
+        for message in ranks(save_into, strategy, str(tmp_path / f"a{index}"), "object", nproc=2):
+            assert "rank 1: registered/Unserialisable/model/stream is <object object" in message
+        (tmp_path / f"b{index}").mkdir()
+        for message in ranks(save_into, strategy, str(tmp_path / f"b{index}"), "folder", nproc=2):
+            assert "rank 0:" in message
+        assert (tmp_path / f"b{index}" / "checkpoints" / "step-000000000" / "manifest.json").exists()
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    import fcntl
+
+    accelerator = written(tmp_path)
+    with (tmp_path / "checkpoints" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StateError, match="another job is writing a checkpoint"):
+            accelerator.save_state()
+    accelerator.save_state()
+
+
+def test_an_open_window_is_refused(tmp_path: Path) -> None:
+    accelerator = Accelerator(CPU(), gradient_accumulation_steps=2, project_dir=tmp_path)
+    net = Net(4, 3)
+    model, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
+    with accelerator.accumulate(model):
+        accelerator.backward(model(torch.ones(2, 4)).sum())
+        optimizer.step()
+    with pytest.raises(StateError, match="inside an open accumulation window"):
+        accelerator.save_state()
+
+
+KILLED = """
+import os, signal, sys, threading, torch
+from accelerator import Accelerator
+from torch import nn
+
+class Net(nn.Sequential):
+    pass
+
+accelerator = Accelerator("cpu", project_dir=sys.argv[1])
+torch.manual_seed(0)
+net = Net(*[nn.Linear(300, 300) for _ in range(8)])
+model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9))
+accelerator.resume()
+print("resumed", flush=True)
+for step in range(10**6):
+    accelerator.backward(model(torch.ones(2, 300)).pow(2).mean())
+    optimizer.step()
+    optimizer.zero_grad()
+    accelerator.save_state(keep_last=2)
+    if step == 0:
+        threading.Timer(float(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_one_before(fresh: FreshProcesses, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    steps = []
+    for index in range(4):
+        (finished,) = fresh([str(script), str(tmp_path), str(0.05 + 0.037 * index)])
+        assert finished.returncode == -signal.SIGKILL
+        assert "resumed" in finished.stdout
+        accelerator = Accelerator(CPU(), project_dir=tmp_path)
+        net = KilledNet()
+        accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9))
+        found = accelerator.resume()
+        assert found is not None
+        steps.append(int(found.name.removeprefix("step-")))
+    assert steps == sorted(set(steps))
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) <= 3
+
+
+def KilledNet() -> nn.Module:
+    class Net(nn.Sequential):
+        pass
+
+    return Net(*[nn.Linear(300, 300) for _ in range(8)])
+
+
+# -- another run -----------------------------------------------------------------------------------------------
+
+
+class Wider(nn.Linear):
+    pass
+
+
+Wider.__name__ = "Net"
+
+
+def test_a_checkpoint_of_another_run_is_refused_whole(tmp_path: Path) -> None:
+    written(tmp_path)
+    accelerator, _ = reader(tmp_path, Wider(4, 5))
+    with pytest.raises(StateError, match=r"other shapes in Net: bias is \(3,\) and should be \(5,\), weight"):
+        accelerator.load_state()
+    accelerator, _ = reader(tmp_path, Wider(4, 3, bias=False))
+    with pytest.raises(StateError, match="foreign tensors of Net: bias"):
+        accelerator.load_state()
+    accelerator, _ = reader(tmp_path, nn.Sequential(nn.Linear(4, 3)))
+    with pytest.raises(
+        StateError, match=r"missing models: Sequential; foreign models: Net; missing optimizers: AdamW of"
+    ):
+        accelerator.load_state()
+    accelerator = Accelerator(CPU(), project_dir=tmp_path)
+    net = Net(4, 3)
+    accelerator.prepare(net, torch.optim.AdamW([{"params": [net.weight]}, {"params": [net.bias]}]))
+    with pytest.raises(StateError, match=r"parameter groups of \[2\] parameters were saved, and there are \[1, 1\]"):
+        accelerator.load_state()
+    accelerator, _ = reader(tmp_path)
+    accelerator.register_for_checkpointing(Unserialisable())
+    with pytest.raises(StateError, match="missing registered: Unserialisable"):
+        accelerator.load_state()
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    accelerator = Accelerator(CPU())
+    with pytest.raises(StateError, match="a checkpoint has no place"):
+        accelerator.save_state()
+    with pytest.raises(PrepareError, match="got int; expected objects with state_dict"):
+        accelerator.register_for_checkpointing(3)
+    for _ in range(2):
+        accelerator.prepare(Net(2, 2))
+    with pytest.raises(StateError, match=r"there are several called Net\. Give their classes different names"):
+        accelerator.save_state(tmp_path / "here")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest as somebody would who knows how it is made."""
+    path = folder / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["digest"]
+    change(body)
+    body["digest"] = xxhash.xxh3_128(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(body))
+
+
+def forge(folder: Path, name: str, content: bytes) -> None:
+    """Put a file of one's own into a checkpoint, with a digest that fits."""
+    (folder / name).write_bytes(content)
+    entry = {"size": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
+    rewrite(folder, lambda body: body["files"].update({name: entry}))
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    rewrite(checkpoint_of(tmp_path), lambda body: body.update(format=2))
+    with pytest.raises(StateError, match="has format 2, and this release reads 1"):
+        reader(tmp_path)[0].load_state(checkpoint_of(tmp_path))
+
+
+# -- foreign code ----------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """Unpickled, it would run a command."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def metadata_of(folder: Path) -> Any:
+    return pickle.loads((folder / "tensors" / ".metadata").read_bytes())
+
+
+def with_bytes(folder: Path, proof: Path) -> bytes:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    metadata = metadata_of(folder)
+    metadata.state_dict_metadata["model/Net/weight"] = BytesStorageMetadata()
+    return pickle.dumps(metadata)
+
+
+def with_path(folder: Path, proof: Path) -> bytes:
+    metadata = metadata_of(folder)
+    for place in metadata.storage_data.values():
+        place.relative_path = "../../../elsewhere.distcp"
+    return pickle.dumps(metadata)
+
+
+def with_planner(folder: Path, proof: Path) -> bytes:
+    metadata = metadata_of(folder)
+    metadata.planner_data = Runs(os.system, f"touch {proof}")
+    return pickle.dumps(metadata)
+
+
+MALICIOUS: dict[str, Callable[[Path, Path], bytes]] = {
+    "os.system": lambda folder, proof: pickle.dumps(Runs(os.system, f"touch {proof}")),
+    "eval": lambda folder, proof: pickle.dumps(Runs(eval, f"open({str(proof)!r}, 'w')")),
+    "open": lambda folder, proof: pickle.dumps(Runs(open, str(proof), "w")),
+    "getattr": lambda folder, proof: pickle.dumps(Runs(getattr, "text", "upper")),
+    "torch.load": lambda folder, proof: pickle.dumps(Runs(torch.load, str(proof))),
+    "torch.hub": lambda folder, proof: pickle.dumps(Runs(torch.hub.load, "a/b", "c")),
+    "planner": with_planner,
+    "bytes": with_bytes,
+    "path": with_path,
+    "other object": lambda folder, proof: pickle.dumps({"a": 1}),
+    "no pickle": lambda folder, proof: b"\x80\x04K",
+}
+
+
+@pytest.mark.parametrize("name", list(MALICIOUS))
+def test_a_malicious_index_is_refused_and_runs_nothing(tmp_path: Path, name: str) -> None:
+    written(tmp_path)
+    folder, proof = checkpoint_of(tmp_path), tmp_path / "proof"
+    forge(folder, "tensors/.metadata", MALICIOUS[name](folder, proof))
+    with pytest.raises(StateError):
+        reader(tmp_path)[0].load_state(folder)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname"])
+def test_a_manifest_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    written(tmp_path)
+    folder = checkpoint_of(tmp_path)
+    rewrite(folder, lambda body: body["files"].update({name: {"size": 0, "xxh3_128": ""}}))
+    with pytest.raises(StateError, match="is not as it was written"):
+        reader(tmp_path)[0].load_state(folder)
+
+
+def test_tensor_data_that_is_a_pickle_runs_nothing(tmp_path: Path) -> None:
+    written(tmp_path)
+    folder, proof = checkpoint_of(tmp_path), tmp_path / "proof"
+    place = next(iter(metadata_of(folder).storage_data.values()))
+    content = pickle.dumps(Runs(os.system, f"touch {proof}")).ljust(1000, b"\0")
+    forge(folder, f"tensors/{place.relative_path}", content)
+    with pytest.raises(StateError):
+        reader(tmp_path)[0].load_state(folder)
+    assert not proof.exists()
+
+
+# -- encoding --------------------------------------------------------------------------------------------------
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.integers() | st.tuples(st.integers(), st.text()), inner)
+        | st.sets(st.integers())
+    ),
+    max_leaves=20,
+)
+
+
+@given(TREES)
+def test_what_is_encoded_is_decoded(tree: Any) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(encode(tree, "here", tensors))
+    assert decode(json.loads(text), tensors) == tree
+
+
+def test_arrays_dtypes_and_tensors_are_kept() -> None:
+    import numpy as np
+
+    tree = {
+        "a": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "b": np.float32(1.5),
+        "c": torch.bfloat16,
+        "d": torch.ones(2),
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    back = decode(json.loads(json.dumps(encode(tree, "here", tensors))), tensors)
+    assert back["a"].dtype == np.int16
+    assert (back["a"] == tree["a"]).all()
+    assert (back["b"], back["c"], type(back["b"])) == (np.float32(1.5), torch.bfloat16, np.float32)
+    assert list(tensors) == ["here/d"]
+
+
+@pytest.mark.parametrize("value", [object(), {1: lambda: 0}, [object()]])
+def test_what_cannot_be_kept_is_named(value: Any) -> None:
+    with pytest.raises(StateError, match=r"state/here.* which a checkpoint cannot hold"):
+        encode({"here": value}, "state", {})
