@@ -131,6 +131,12 @@ def test_train_fsdp(tmp_path: Path) -> None:
     assert "4 x Block of 49,984 + the rest of GPT of 16,512 parameters; 108,224 of 216,448 on each rank" in outputs[1]
 
 
+def test_survive_a_kill() -> None:
+    output = run_example("survive_a_kill", 1)
+    assert int(re.findall(r"killed (\d) times, finished 40 steps", output)[0]) >= 1
+    assert "weights equal those of a run that was never killed: True" in output
+
+
 @pytest.mark.parametrize("nproc", [1, 3])
 def test_evaluate_exactly(nproc: int) -> None:
     output = run_example("evaluate_exactly", nproc)

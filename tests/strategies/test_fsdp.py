@@ -52,9 +52,11 @@ def train_named(names: list[str]) -> dict[str, tuple[Any, ...]]:
         return {name: train((EXACT | ON_FOUR)[name], 0.5) for name in names}
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
-def test_every_setting_gives_the_numbers_of_one_process(ranks: RankPool, nproc: int) -> None:
-    names = list(EXACT) if nproc == 2 else ["default", "ignored", *ON_FOUR]
+@pytest.mark.parametrize(
+    ("nproc", "names"),
+    [(2, list(EXACT)[:5]), (2, list(EXACT)[5:10]), (2, list(EXACT)[10:]), (4, ["default", "ignored", *ON_FOUR])],
+)
+def test_every_setting_gives_the_numbers_of_one_process(ranks: RankPool, nproc: int, names: list[str]) -> None:
     expected = train_plain(nproc, clip=0.5)
     results = ranks(train_named, names, nproc=nproc, timeout=90)
     for name in names:
