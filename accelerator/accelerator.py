@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from strategies import Precision, Strategy, World, clipping, collectives
 from strategies.accumulation import Accumulation
 from strategies.errors import AcceleratorError, DataError, PrepareError, StateError
-from strategies.init_module import default_dtype
 from strategies.prepared import View, prepare
+from strategies.recording import default_dtype
 from strategies.sources import Cursor
 from strategies.tree import num_samples
 
@@ -334,7 +334,7 @@ class Accelerator:
         part. The numbers are those of building it on one device from the same state of the random generator. With
         `empty`, nothing is drawn: parameters hold NaN until they are loaded, and a forward before that warns.
         """
-        with default_dtype(dtype), self._strategy.init_context(self._world, empty=empty):
+        with default_dtype(dtype or torch.get_default_dtype()), self._strategy.init_context(self._world, empty=empty):
             yield
 
     def save_state(self, path: str | os.PathLike[str] | None = None, *, keep_last: int | None = None) -> Path:

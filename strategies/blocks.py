@@ -32,6 +32,12 @@ class Block:
         return sum(parameter.numel() for _, parameter in self.parameters)
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of the user's class; `fully_shard` puts a class of its own in front."""
+    first, *others = type(module).__bases__
+    return others[0].__name__ if others and first.__name__ == "FSDPModule" else type(module).__name__
+
+
 def find_blocks(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]], ignored: set[Parameter]) -> list[Block]:
     """The chosen modules as blocks, inner ones first and the model itself last.
 
@@ -99,6 +105,16 @@ def refuse_caches(model: nn.Module) -> None:
             f"activation_checkpointing computes the blocks of {type(model).__name__} twice, and its cache of keys and "
             f"values would take them in twice. Set use_cache = False in the config of every part ({places}, ...)."
         )
+
+
+def refuse_writes(model: nn.Module) -> None:
+    """Raise `PrepareError` for a module whose forward writes into its parameters: only a gathered copy would change."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise PrepareError(
+                f"{name} of {type(model).__name__} has max_norm={module.max_norm}: its forward writes into its "
+                "weights, which is lost where they are sharded. Normalise the embedding's output, or use DDP."
+            )
 
 
 def by_class(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
@@ -179,7 +195,7 @@ def describe(blocks: Sequence[Block], shard: int) -> str:
     """How the model is cut, in one line: each kind of block, how many there are and how large they are."""
     kinds: Counter[tuple[str, int]] = Counter()
     for block in blocks:
-        kind = type(block.module).__name__.removeprefix("FSDP")
+        kind = class_name(block.module)
         kinds[kind if block.name else f"the rest of {kind}", block.num_elements] += 1
     parts = [
         f"{count} x {kind} of {size:,}" if count > 1 else f"{kind} of {size:,}" for (kind, size), count in kinds.items()

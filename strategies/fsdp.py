@@ -21,7 +21,15 @@ from .blocks import Block
 from .errors import ConfigurationError, PrepareError
 from .precision import Precision
 from .process_group import join, leave
-from .sharded_model import discard, return_no_views, settle, take_from_rank_0
+from .sharded_model import (
+    average,
+    discard,
+    refuse_sharded,
+    refuse_uneven_use,
+    return_no_views,
+    settle,
+    take_from_rank_0,
+)
 from .shards import copy_whole
 from .tree import move
 from .world import World
@@ -170,6 +178,8 @@ class FSDP(Strategy):
         """
         from torch.distributed.fsdp import register_fsdp_forward_method
 
+        refuse_sharded(model)
+        blocks.refuse_writes(model)
         model = with_batch_norm(model, self.batch_norm, world, "FSDP")
         for name in self.forward_methods:
             if not callable(getattr(model, name, None)):
@@ -181,7 +191,8 @@ class FSDP(Strategy):
         recording = deferred_init.recording_of(model)
         if recording is not None:
             state = recording.random_state.clone()
-            dist.broadcast(state, src=0)
+            for known in [state, *recording.constants]:  # numbers from elsewhere may differ between ranks
+                dist.broadcast(known, src=0)
             with deferred_init.filling(model, recording, state) as fill:
                 self._shard(model, found, ignored, world, precision)
                 fill(copy_whole)
@@ -223,10 +234,8 @@ class FSDP(Strategy):
             return
         for model in wrapped:
             for parameter in self._ignored(model).values():
-                if parameter.requires_grad:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    dist.all_reduce(parameter.grad.div_(world.size))
+                average(parameter, world)
+            refuse_uneven_use(model, world)
             if self.broadcast_buffers:
                 broadcast_buffers(model)
 
@@ -345,7 +354,11 @@ class FSDP(Strategy):
                 block.module,
                 mesh=world.mesh,
                 reshard_after_forward=self._reshard_after_forward,
-                mp_policy=MixedPrecisionPolicy(param_dtype=precision.dtype, reduce_dtype=reduce_dtype),
+                mp_policy=MixedPrecisionPolicy(
+                    param_dtype=precision.dtype,
+                    reduce_dtype=reduce_dtype,
+                    cast_forward_inputs=bool(block.name),  # the model's own inputs stay as the loop gives them
+                ),
                 offload_policy=offload,
                 ignored_params=set(ignored.values()),
             )

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .deferred_init import OVERWRITING, mark_empty
+from .deferred_init import mark_empty
+from .recording import OVERWRITING
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def born_on(device: torch.device, *, empty: bool) -> Iterator[None]:
     def note(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None:
             mark_empty(parameter)
-            skipping.parameters.add(parameter.untyped_storage()._cdata)
+            skipping.note(parameter)
 
     handle = nn.modules.module.register_module_parameter_registration_hook(note)
     try:
@@ -35,25 +36,18 @@ def born_on(device: torch.device, *, empty: bool) -> Iterator[None]:
         handle.remove()
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """Make floating-point tensors of `dtype` in this block, where nothing else is asked for."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 class _WithoutInit(TorchDispatchMode):
     """Passes over what overwrites a parameter."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations here
-        self.parameters: set[int] = set()
+        self._parameters: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used again
+
+    def note(self, parameter: torch.Tensor) -> None:
+        """Pass over writes to this one from now on."""
+        self._parameters[parameter.untyped_storage()._cdata] = parameter.untyped_storage()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in OVERWRITING and args[0].untyped_storage()._cdata in self.parameters:
+        if func in OVERWRITING and args[0].untyped_storage()._cdata in self._parameters:
             return args[0]
         return func(*args, **(kwargs or {}))

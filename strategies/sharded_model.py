@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,9 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parameter import UninitializedParameter
 
-from .errors import StepError
+from . import collectives
+from .blocks import class_name
+from .errors import PrepareError, StepError
+from .shards import is_sharded
 from .tree import iterate_leaves, map_tensors
+from .world import World
 
 
 def settle(model: nn.Module, blocks: Sequence[nn.Module], *, forward: int, backward: int) -> None:
@@ -73,7 +79,14 @@ def return_no_views(model: nn.Module, inputs: Any, outputs: Any) -> Any:
     def is_view(leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.requires_grad and leaf._is_view()
 
-    if not any(is_view(leaf) for leaf in iterate_leaves(outputs)):
+    leaves = list(iterate_leaves(outputs))
+    if torch.is_grad_enabled() and outputs is not None and not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise StepError(
+            f"{class_name(model)} returned {type(outputs).__name__}, in which no tensor can be found, so that its "
+            "parameters would not be gathered for backward. Return a tensor, or a tuple, list, mapping or "
+            "dataclass of them."
+        )
+    if not any(is_view(leaf) for leaf in leaves):
         return outputs
     return map_tensors(lambda tensor: tensor.clone() if is_view(tensor) else tensor, outputs)
 
@@ -97,6 +110,44 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise `PrepareError` for a model that was sharded before, by whomever: it cannot be cut again."""
+    if _sharded_modules(model) or any(is_sharded(parameter) for parameter in model.parameters()):
+        raise PrepareError(
+            f"{class_name(model)} is sharded already: fully_shard changes a model in place. Build it again for another "
+            "prepare()."
+        )
+    lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, UninitializedParameter)]
+    if lazy:
+        raise PrepareError(f"{lazy[0]} of {class_name(model)} has no shape before a first forward; give it one")
+
+
+def average(parameter: Parameter, world: World) -> None:
+    """Average the gradient of a whole parameter over ranks; where no rank has one, none has one after."""
+    if not parameter.requires_grad:
+        return
+    has_any = torch.tensor(parameter.grad is not None, dtype=torch.float32, device=parameter.device)
+    dist.all_reduce(has_any, op=dist.ReduceOp.MAX)
+    if has_any.item():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        dist.all_reduce(parameter.grad.div_(world.size))
+
+
+def refuse_uneven_use(model: nn.Module, world: World) -> None:
+    """Raise `StepError` on every rank if a parameter has a gradient on some ranks only: others' were added to it."""
+    named = [(name, p.grad is not None) for name, p in model.named_parameters() if p.requires_grad and is_sharded(p)]
+    used = bytes(has for _, has in named)
+    seen = collectives.all_gather_integers([zlib.crc32(used)], world)
+    if len(set(seen)) > 1:
+        everywhere = collectives.all_gather_objects(used, world)
+        names = [name for index, (name, _) in enumerate(named) if len({each[index] for each in everywhere}) > 1]
+        raise StepError(
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} of {class_name(model)} took part in the loss "
+            "on some ranks only, where fully_shard adds gradients of different parameters together. Use every parameter "
+            "on every rank: add 0 times the output of the part that is left out."
+        )
 
 
 def take_from_rank_0(parameters: Iterable[Parameter], device: torch.device) -> None:

@@ -43,6 +43,7 @@ class Window:
         self.stepped: set[OptimizerLink] = set()
         self._finished: set[OptimizerLink] = set()
         self.weighting = Weighting(accumulation.world)
+        self._done: set[int] = set()  # gradients that are corrected and unscaled, by identity
         self._correction: float | Tensor | None = None
         self.steps = 1  # micro-batches of a full window
         self._num_forward = 0  # forward calls of the models before the last backward
@@ -180,9 +181,16 @@ class Window:
         if self._correction is None and self.scaler is None:
             return
         gradients = optimizer.gradients()
-        if gradients and self._correction is not None:
-            torch._foreach_mul_([local(gradient) for gradient in gradients], self._correction)
+        fresh = [gradient for gradient in gradients if id(gradient) not in self._done]  # not another optimizer's too
+        self._done.update(map(id, gradients))
+        if fresh and self._correction is not None:
+            torch._foreach_mul_([local(gradient) for gradient in fresh], self._correction)
         if self.scaler is not None:
+            if len(fresh) < len(gradients):
+                raise StepError(
+                    f"{type(optimizer.original).__name__} and another optimizer hold the same parameters and step in "
+                    "one window, in float16: their gradients would be unscaled twice. Use bf16, or one optimizer."
+                )
             self.scaler.unscale(optimizer.original, gradients)
 
     def _reduce(self) -> None:
@@ -222,6 +230,7 @@ class Window:
         self.weighting.begin(cursor, steps)
         self._correction = None
         self._finished.clear()
+        self._done.clear()
         self.stepped.clear()
         self.count = 0
 

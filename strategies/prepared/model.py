@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from ..errors import PrepareError, StateError, StepError
 from ..shards import is_sharded
 from .view import View, make_view
-from .weights import empty_parameters, load, warn_of_empty
+from .weights import LoadingWhole, empty_parameters, warn_of_empty
 
 if TYPE_CHECKING:
     from ..accumulation import Accumulation
@@ -32,6 +32,15 @@ class PreparedModel(View):
         """Zero the gradients, except of an accumulation window that is still open."""
         if self._link.may_zero():
             self._link.original.zero_grad(set_to_none)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Parameter]]:
+        """The parameters that the optimizer holds, also while their module shows what it gathered for a forward."""
+        link = self._link
+        if link.sharded_parameters and recurse and remove_duplicate:
+            return iter([(f"{prefix}.{name}" if prefix else name, p) for name, p in link.sharded_parameters.items()])
+        return iter(link.original.named_parameters(prefix, recurse, remove_duplicate))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole weights, which every rank has, wherever the parameters are; torch's own where none is sharded."""
@@ -60,17 +69,18 @@ class ModelLink:
         self._frozen = [name for name, parameter in self._parameters.items() if not parameter.requires_grad]
         self._autocast = precision.dtype is not None
         self._empty = empty_parameters(self.original)
+        self._sharded = any(is_sharded(parameter) for parameter in self._parameters.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._empty:
+            warn_of_empty(self.name, self._empty)
+            self._empty = {}
         # Without gradients there is nothing to synchronise, and ranks may call as often as they like.
         if self.bypass or not torch.is_grad_enabled():
             module = self.original
         else:
             module = self.wrapped
             self.num_forward += 1
-            if self._empty:
-                warn_of_empty(self.original, self._empty)
-                self._empty = {}
         if not self._autocast:
             return module(*args, **kwargs)
         accumulation = self.accumulation
@@ -84,9 +94,15 @@ class ModelLink:
                 "load_state_dict(assign=True) would replace the parameters of a prepared model, which the optimizer "
                 "and other ranks know. Load before prepare(), or without assign."
             )
-        if any(is_sharded(parameter) for parameter in self._parameters.values()):
-            return load(self.original, state, strict=strict)
-        return self.original.load_state_dict(state, strict)
+        if not self._sharded:
+            return self.original.load_state_dict(state, strict)
+        with LoadingWhole():
+            return self.original.load_state_dict(state, strict)
+
+    @property
+    def sharded_parameters(self) -> Mapping[str, Parameter]:
+        """The parameters by name if any of them is sharded, else nothing."""
+        return self._parameters if self._sharded else {}
 
     @property
     def is_trained(self) -> bool:
@@ -108,7 +124,7 @@ class ModelLink:
 
     def check_parameters(self) -> None:
         """Raise `StepError` if ranks would not synchronise a parameter: one that was replaced or unfrozen since."""
-        for name, parameter in self.original.named_parameters():
+        for name, parameter in () if self._sharded else self.original.named_parameters():
             if self._live.get(id(parameter)) is not parameter:
                 raise StepError(
                     f"{name} of {self.name} is not the parameter that was prepared: it was added or "

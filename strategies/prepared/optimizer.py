@@ -48,8 +48,12 @@ class PreparedOptimizer(View):
             link.original.zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load into the user's optimizer, which shares its state with this view."""
-        self._link.original.load_state_dict(state_dict)
+        """Load into the user's optimizer, which shares its state with this view. Whole state is cut like parameters."""
+        original = self._link.original
+        original.load_state_dict(state_dict)
+        for parameter, values in original.state.items():
+            for name, value in values.items():
+                values[name] = _cut(value, parameter, parameter)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of models that are prepared."""
@@ -197,7 +201,13 @@ class OptimizerLink:
 
 def _cut(value: Any, old: Tensor, new: Tensor) -> Any:
     """State of a parameter as the parameter is cut now: what has its shape is cut alike, anything else is kept."""
-    if isinstance(value, Tensor) and value.shape == old.shape and is_sharded(new):
+    if (
+        isinstance(value, Tensor)
+        and value.shape == old.shape
+        and value.ndim
+        and is_sharded(new)
+        and not is_sharded(value)
+    ):
         return cut_like(value.to(new.device), new.detach())
     return value
 

@@ -4,55 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..deferred_init import EMPTY
-from ..errors import StateError
-from ..shards import copy_whole, is_sharded, local, whole
+from ..shards import copy_whole, is_sharded, local
 
 _log = logging.getLogger("accelerator")
 
 
-class IncompatibleKeys(NamedTuple):
-    """What `load_state_dict(strict=False)` left out, as torch's does."""
+class LoadingWhole(TorchFunctionMode):
+    """Inside, a whole value is copied into a sharded tensor as this rank's part of it. Not a collective.
 
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-def load(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> IncompatibleKeys:
-    """Load whole values, which every rank has, into a model whose parameters may be sharded. Not a collective.
-
-    Values that are sharded as the parameters are may be given instead. Raises `StateError` with every name that
-    does not fit, before anything is written.
+    torch's own `load_state_dict`, with all its hooks, so loads what every rank has whole.
     """
-    targets = model.state_dict()
-    missing = [name for name in targets if name not in state]
-    unexpected = [name for name in state if name not in targets]
-    reshaped = [
-        f"{name} is {tuple(state[name].shape)} and should be {tuple(target.shape)}"
-        for name, target in targets.items()
-        if name in state and isinstance(target, Tensor) and state[name].shape != target.shape
-    ]
-    kinds = [("other shapes", reshaped)]
-    if strict:
-        kinds = [("missing", missing), ("unexpected", unexpected), *kinds]
-    wrong = [f"{kind} ({len(names)}): {_listed(names)}" for kind, names in kinds if names]
-    if wrong:
-        raise StateError(
-            f"the state dict does not fit {type(model).__name__}, of which nothing was loaded. {'; '.join(wrong)}"
-        )
-    for name, target in targets.items():
-        value = state.get(name)
-        if not isinstance(value, Tensor) or not isinstance(target, Tensor):
-            continue
-        if is_sharded(value) and is_sharded(target) and _cut_alike(value, target):
-            local(target).copy_(local(value))
-        else:
-            copy_whole(whole(value), target)
-    return IncompatibleKeys(missing, unexpected)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_ and is_sharded(args[0]) and not is_sharded(args[1]):
+            copy_whole(args[1], args[0])
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def empty_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -60,20 +34,16 @@ def empty_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if hasattr(parameter, EMPTY)}
 
 
-def warn_of_empty(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+def warn_of_empty(model: str, parameters: Mapping[str, Tensor]) -> None:
     """Warn of those that nothing was loaded into."""
     parts = {name: local(parameter.detach()) for name, parameter in parameters.items()}
     unloaded = [name for name, part in parts.items() if part.numel() and bool(part.isnan().all())]
     if unloaded:
         _log.warning(
             "%s was built with init_module(empty=True), and nothing was loaded into %s: they are NaN",
-            type(model).__name__,
+            model,
             _listed(unloaded),
         )
-
-
-def _cut_alike(one: Any, other: Any) -> bool:
-    return bool(one.device_mesh == other.device_mesh and one.placements == other.placements)
 
 
 def _listed(names: Sequence[str]) -> str:

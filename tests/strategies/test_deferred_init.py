@@ -162,13 +162,13 @@ class Branches(nn.Module):
 
 
 def test_what_cannot_be_played_back_is_refused() -> None:
-    with pytest.raises(PrepareError, match=r"looks at a number of a tensor \(\.item"):
+    with pytest.raises(PrepareError, match=r"looks at a random number of a tensor \(\.item"):
         build(Branches)
     with pytest.raises(PrepareError, match="drew random numbers for a tensor on a real device"):
         build(lambda: torch.randn(3, device="cpu"))
     with torch.device("meta"):
         elsewhere = nn.Linear(2, 2)
-    with pytest.raises(PrepareError, match=r"2 parameters on the meta device \(weight, bias\), which nothing can fill"):
+    with pytest.raises(PrepareError, match=r"2 tensors on the meta device \(weight, bias\), which nothing can fill"):
         recording_of(elsewhere)
     with record(CPU):
         first = nn.Linear(2, 2)

@@ -278,3 +278,31 @@ def test_a_dataset_that_grew_is_named() -> None:
     samples += [4, 5]
     with pytest.raises(DataError, match="had 4 samples when its loader was prepared and has 6 now"):
         next(iter(loader))
+
+
+def two_optimizers(precision: str) -> tuple[Tensor, Tensor]:
+    """Two optimizers over the same parameters step in one window whose weight is known at its close only."""
+    x, counts = torch.randn(4, 3, dtype=torch.float64), [3.0, 1.0]
+    plain = make_model()
+    losses = [sample_losses(plain, part, torch.ones(2).double()).mean() for part in x.split(2)]
+    (sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)).backward()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter -= 0.3 * parameter.grad
+    accelerator = Accelerator("cpu", gradient_accumulation_steps=2, mixed_precision=precision)
+    model = make_model()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=rate) for rate in (0.1, 0.2)]
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    for part, count in zip(x.split(2), counts, strict=True):
+        with accelerator.accumulate(model):
+            accelerator.backward(sample_losses(model, part, torch.ones(2).double()).mean(), weight=count)
+            for optimizer in optimizers:
+                optimizer.step()
+    return flat(model), flat(plain)
+
+
+def test_gradients_of_two_optimizers_are_corrected_once() -> None:
+    got, expected = two_optimizers("no")
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(StepError, match="would be unscaled twice"):
+        two_optimizers("fp16")
