@@ -162,8 +162,8 @@ class OptimizerLink:
             group["params"] = self.adopt(before)
             for old, new in zip(before, group["params"], strict=True):
                 if old is not new and old in state:
-                    state[new] = {name: _cut(value, old, new) for name, value in state.pop(old).items()}
-        if any(is_sharded(parameter) for parameter in self.parameters()):
+                    state[new] = {name: _placed(name, value, old, new) for name, value in state.pop(old).items()}
+        if any(is_sharded(parameter) or parameter.device.type == "xla" for parameter in self.parameters()):
             refuse_unless_it_steps(self.original)
 
     def _step_with(self, closure: Callable[[], Any], window: Window | None) -> Any:
@@ -195,11 +195,11 @@ class OptimizerLink:
             )
 
 
-def _cut(value: Any, old: Tensor, new: Tensor) -> Any:
-    """State of a parameter as the parameter is cut now: what has its shape is cut alike, anything else is kept."""
-    if isinstance(value, Tensor) and value.shape == old.shape and is_sharded(new):
-        return cut_like(value.to(new.device), new.detach())
-    return value
+def _placed(name: str, value: Any, old: Tensor, new: Tensor) -> Any:
+    """State of a parameter, where the parameter is now: what has its shape is cut alike, anything else is kept."""
+    if name == "step" or not isinstance(value, Tensor) or value.shape != old.shape:  # torch counts steps on the CPU
+        return value
+    return cut_like(value.to(new.device), new.detach())
 
 
 # Tells a scheduler that is built from the view not to put its own wrapper over the gate: the wrapper only

@@ -1,0 +1,106 @@
+"""Notice that a recorded program had to be compiled again, and say why and where."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tree import describe
+
+_log = logging.getLogger("accelerator")
+
+_WARM_UP_STEPS = 4  # the optimizer makes its state in the first, explicit weights settle in the third
+_SHAPES_WITHOUT_WARNING = 2  # a full batch and the last one
+_OURS = str(Path(__file__).resolve().parent)
+
+
+class Recompilations:
+    """Counts, for one Accelerator, what its programs cost: compilations, runs, shapes of batches.
+
+    Warns once for each cause, after the first steps.
+    """
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self._shapes: dict[str, int] = {}  # how many batches had each
+        self._new_shapes = 0  # since the last step
+        self._begun: tuple[int, int] | None = None  # the counts when the first batch of this step was taken
+        self._reads = 0
+        self._warned: set[str] = set()
+
+    def note_batch(self, batch: Any) -> None:
+        """Note the shapes of a batch that the loop is about to take."""
+        shape = describe(batch)
+        self._new_shapes += shape not in self._shapes
+        self._shapes[shape] = self._shapes.get(shape, 0) + 1
+        if self._begun is None:
+            self._begun = _counts()
+
+    def before_run(self) -> None:
+        """Look at what was read since the batch was taken: nothing, in a loop that only records."""
+        if self._begun is None:
+            self._begun = _counts()
+        self._reads = _counts()[1] - self._begun[1]
+
+    def after_run(self) -> None:
+        """Look at what this step compiled."""
+        assert self._begun is not None
+        compiled = _counts()[0] - self._begun[0]
+        new_shapes, self._new_shapes, self._begun = self._new_shapes, 0, None
+        if not torch.is_grad_enabled():  # evaluation reads what it likes
+            return
+        self.num_steps += 1
+        if self.num_steps <= _WARM_UP_STEPS:
+            return
+        if self._reads:
+            self._warn(
+                "read",
+                "a value was read from the device between taking a batch and the end of its window, %d times in one "
+                "step: .item(), float(), print, or an if on a tensor. Each splits the step's program and waits for it. "
+                "Keep such values as tensors (.detach()), and read them after the window",
+                self._reads,
+            )
+        elif compiled and new_shapes and len(self._shapes) > _SHAPES_WITHOUT_WARNING:
+            listed = "; ".join(f"{shape} ({count} times)" for shape, count in list(self._shapes.items())[-3:])
+            self._warn(
+                "shape",
+                "batches have had %d different shapes so far, and each is compiled anew: ..., %s. Pad them to a few "
+                "lengths, or use drop_last=True",
+                len(self._shapes),
+                listed,
+            )
+        elif compiled and not new_shapes:
+            self._warn(
+                "value",
+                "step %d was compiled anew although its batch has a known shape: a Python number that enters the "
+                "program has changed (the length of a slice, a 0 or 1), or an if went the other way. Make the number "
+                "a tensor on the device",
+                self.num_steps,
+            )
+
+    def _warn(self, cause: str, words: str, *values: object) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            _log.warning(f"{words}. The window ended at %s", *values, _line_of_the_loop())
+
+
+def _counts() -> tuple[int, int]:
+    """Programs compiled and values read from devices, in this process so far. Both are counted where they happen."""
+    import torch_xla.debug.metrics as metrics
+
+    reads = metrics.metric_data("TransferFromDeviceTime")
+    return metrics.counter_value("UncachedCompile") or 0, reads[0] if reads else 0
+
+
+def _line_of_the_loop() -> str:
+    """The innermost line that is neither ours nor an installed package's."""
+    skipped = (_OURS, str(Path(_OURS).with_name("accelerator")), sysconfig.get_paths()["purelib"])
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((*skipped, sysconfig.get_paths()["stdlib"])):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
