@@ -27,33 +27,36 @@ class Recompilations:
 
     def __init__(self) -> None:
         self.num_steps = 0
-        self._shapes: dict[str, int] = {}  # how many batches had each
-        self._new_shapes = 0  # since the last step
-        self._begun: tuple[int, int] | None = None  # the counts when the first batch of this step was taken
+        self._known: dict[tuple[str, ...], int] = {}  # shapes of the batches of a window, and how many windows had them
+        self._window: list[str] = []  # shapes of this window's batches so far
+        self._last_was_new = False
+        self._begun: tuple[int, int] | None = None  # the counts when the first of them was taken
         self._reads = 0
         self._warned: set[str] = set()
 
     def note_batch(self, batch: Any) -> None:
-        """Note the shapes of a batch that the loop is about to take."""
-        shape = describe(batch)
-        self._new_shapes += shape not in self._shapes
-        self._shapes[shape] = self._shapes.get(shape, 0) + 1
-        if self._begun is None:
+        """Note the shapes of a batch that the loop is about to take; one taken without gradients is not trained on."""
+        if not torch.is_grad_enabled():
+            return
+        if not self._window:
             self._begun = _counts()
+        self._window.append(describe(batch))
 
     def before_run(self) -> None:
-        """Look at what was read since the batch was taken: nothing, in a loop that only records."""
-        if self._begun is None:
-            self._begun = _counts()
-        self._reads = _counts()[1] - self._begun[1]
+        """Look at what was read since the window's first batch was taken: nothing, in a loop that only records."""
+        self._reads = _counts()[1] - self._begun[1] if self._begun is not None else 0
 
     def after_run(self) -> None:
         """Look at what this step compiled."""
-        assert self._begun is not None
-        compiled = _counts()[0] - self._begun[0]
-        new_shapes, self._new_shapes, self._begun = self._new_shapes, 0, None
+        counts = _counts()
         if not torch.is_grad_enabled():  # evaluation reads what it likes
+            self._begun = counts if self._window else None
             return
+        compiled = counts[0] - self._begun[0] if self._begun is not None else 0
+        window, self._window, self._begun = tuple(self._window), [], None
+        # A loader that reads one batch ahead shows a new shape one step early.
+        is_new, self._last_was_new = window not in self._known or self._last_was_new, window not in self._known
+        self._known[window] = self._known.get(window, 0) + 1
         self.num_steps += 1
         if self.num_steps <= _WARM_UP_STEPS:
             return
@@ -65,21 +68,22 @@ class Recompilations:
                 "Keep such values as tensors (.detach()), and read them after the window",
                 self._reads,
             )
-        elif compiled and new_shapes and len(self._shapes) > _SHAPES_WITHOUT_WARNING:
-            listed = "; ".join(f"{shape} ({count} times)" for shape, count in list(self._shapes.items())[-3:])
+        elif compiled and is_new and len(self._known) > _SHAPES_WITHOUT_WARNING:
+            latest = list(self._known.items())[-3:]
+            listed = "; ".join(f"{' then '.join(shapes)} ({count} times)" for shapes, count in latest)
             self._warn(
                 "shape",
-                "batches have had %d different shapes so far, and each is compiled anew: ..., %s. Pad them to a few "
-                "lengths, or use drop_last=True",
-                len(self._shapes),
+                "windows have had batches of %d different shapes so far, and each is compiled anew: ..., %s. Pad "
+                "batches to a few lengths, or use drop_last=True",
+                len(self._known),
                 listed,
             )
-        elif compiled and not new_shapes:
+        elif compiled and not is_new:
             self._warn(
                 "value",
-                "step %d was compiled anew although its batch has a known shape: a Python number that enters the "
-                "program has changed (the length of a slice, a 0 or 1), or an if went the other way. Make the number "
-                "a tensor on the device",
+                "step %d was compiled anew although its batches have shapes that are compiled already: a Python number "
+                "that enters the program has changed (the length of a slice, a 0 or 1), or an if went the other way. "
+                "Make the number a tensor on the device",
                 self.num_steps,
             )
 

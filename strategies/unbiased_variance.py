@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .errors import PrepareError
@@ -37,7 +36,8 @@ class _Before:
         self.variance: Tensor | None = None
 
     def __call__(self, module: Any, inputs: Any) -> None:
-        changes = module.training and module.running_var is not None
+        # The hooks go with a copy of the model, which may be trained elsewhere.
+        changes = module.training and module.running_var is not None and module.running_var.device.type == "xla"
         self.variance = module.running_var.clone() if changes else None
 
 
@@ -52,6 +52,5 @@ class _After:
         if old is None:
             return
         number = inputs[0].numel() // inputs[0].shape[1]
-        with torch.no_grad():
-            added = module.running_var - (1 - module.momentum) * old
-            module.running_var.add_(added / (number - 1))
+        variance = module.running_var.data  # backward holds the buffer, and does not use it in training
+        variance.add_((variance - (1 - module.momentum) * old) / (number - 1))

@@ -58,7 +58,8 @@ def _import(strategy: str) -> None:
     except ImportError as error:
         raise LaunchError(
             f"{strategy} needs torch_xla, and {_installed()}; expected torch 2.9.0 with torch_xla 2.9.0, built for "
-            f"each other. pip install 'torch-accelerator[xla]' brings both. Python said: {str(error).splitlines()[0][:200]}"
+            "each other. pip install 'torch-accelerator[xla]' brings both. "
+            f"Python said: {str(error).splitlines()[0][:200]}"
         ) from error
 
 
