@@ -15,7 +15,8 @@ from .tree import describe
 _log = logging.getLogger("accelerator")
 
 _WARM_UP_STEPS = 4  # the optimizer makes its state in the first, explicit weights settle in the third
-_SHAPES_WITHOUT_WARNING = 2  # a full batch and the last one
+_SHAPES_WITHOUT_WARNING = 2  # of a full window and the last one
+_CHANGES_WITHOUT_WARNING = 2  # a schedule reaches 0 or 1, which are numbers of the program and not of its input
 _OURS = str(Path(__file__).resolve().parent)
 
 
@@ -32,6 +33,7 @@ class Recompilations:
         self._last_was_new = False
         self._begun: tuple[int, int] | None = None  # the counts when the first of them was taken
         self._reads = 0
+        self._changes = 0
         self._warned: set[str] = set()
 
     def note_batch(self, batch: Any) -> None:
@@ -79,13 +81,16 @@ class Recompilations:
                 listed,
             )
         elif compiled and not is_new:
-            self._warn(
-                "value",
-                "step %d was compiled anew although its batches have shapes that are compiled already: a Python number "
-                "that enters the program has changed (the length of a slice, a 0 or 1), or an if went the other way. "
-                "Make the number a tensor on the device",
-                self.num_steps,
-            )
+            self._changes += 1
+            if self._changes > _CHANGES_WITHOUT_WARNING:
+                self._warn(
+                    "number",
+                    "%d of %d steps were compiled anew although their batches have shapes that are compiled already: a "
+                    "Python number that enters the program has changed (the length of a slice, a 0 or 1), or an if "
+                    "went the other way. Make the number a tensor on the device",
+                    self._changes,
+                    self.num_steps,
+                )
 
     def _warn(self, cause: str, words: str, *values: object) -> None:
         if cause not in self._warned:
