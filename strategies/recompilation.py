@@ -31,7 +31,7 @@ class Recompilations:
         self._known: dict[tuple[str, ...], int] = {}  # shapes of the batches of a window, and how many windows had them
         self._window: list[str] = []  # shapes of this window's batches so far
         self._last_was_new = False
-        self._begun: tuple[int, int] | None = None  # the counts when the first of them was taken
+        self._begun: tuple[int, int] | None = None  # programs compiled and values read when the first of them was taken
         self._reads = 0
         self._changes = 0
         self._warned: set[str] = set()
@@ -41,20 +41,19 @@ class Recompilations:
         if not torch.is_grad_enabled():
             return
         if not self._window:
-            self._begun = _counts()
+            self._begun = _num_compiled(), _num_read()
         self._window.append(describe(batch))
 
     def before_run(self) -> None:
         """Look at what was read since the window's first batch was taken: nothing, in a loop that only records."""
-        self._reads = _counts()[1] - self._begun[1] if self._begun is not None else 0
+        self._reads = _num_read() - self._begun[1] if self._begun is not None else 0
 
     def after_run(self) -> None:
         """Look at what this step compiled."""
-        counts = _counts()
         if not torch.is_grad_enabled():  # evaluation reads what it likes
-            self._begun = counts if self._window else None
+            self._begun = (_num_compiled(), _num_read()) if self._window else None
             return
-        compiled = counts[0] - self._begun[0] if self._begun is not None else 0
+        compiled = _num_compiled() - self._begun[0] if self._begun is not None else 0
         window, self._window, self._begun = tuple(self._window), [], None
         # A loader that reads one batch ahead shows a new shape one step early.
         is_new, self._last_was_new = window not in self._known or self._last_was_new, window not in self._known
@@ -98,12 +97,19 @@ class Recompilations:
             _log.warning(f"{words}. The window ended at %s", *values, _line_of_the_loop())
 
 
-def _counts() -> tuple[int, int]:
-    """Programs compiled and values read from devices, in this process so far. Both are counted where they happen."""
+def _num_compiled() -> int:
+    """Programs compiled in this process so far, counted where it happens."""
+    import torch_xla.debug.metrics as metrics
+
+    return metrics.counter_value("UncachedCompile") or 0
+
+
+def _num_read() -> int:
+    """Values read from devices in this process so far, counted where it happens. Costs up to 70 us."""
     import torch_xla.debug.metrics as metrics
 
     reads = metrics.metric_data("TransferFromDeviceTime")
-    return metrics.counter_value("UncachedCompile") or 0, reads[0] if reads else 0
+    return reads[0] if reads else 0
 
 
 def _line_of_the_loop() -> str:

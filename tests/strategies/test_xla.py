@@ -77,14 +77,12 @@ class Device:
 
     compiled = reads = 0
 
-    def counts(self) -> tuple[int, int]:
-        return self.compiled, self.reads
-
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
-    monkeypatch.setattr(recompilation, "_counts", device.counts)
+    monkeypatch.setattr(recompilation, "_num_compiled", lambda: device.compiled)
+    monkeypatch.setattr(recompilation, "_num_read", lambda: device.reads)
     return device
 
 

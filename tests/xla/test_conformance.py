@@ -22,3 +22,9 @@ def test_xla_keeps_the_rule(run: Callable[..., Any], mode: str, rule: str) -> No
         assert verdict.startswith("refuses fp16")
     else:
         assert verdict == "ok"
+
+
+def test_a_strategy_that_forgets_the_step_boundary_is_named(run: Callable[..., Any]) -> None:
+    verdict = run("conformance.py", "forgets", "recorded_work_runs")["recorded_work_runs"]
+    assert verdict.startswith("broken: ForgetsTheStep breaks the rule recorded_work_runs: after optimizer step 1, ")
+    assert "operations wait to be run. Expected: none" in verdict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accelerator import Accelerator
-from strategies import XLA
+from strategies import XLA, World
+
+
+@dataclass(frozen=True)
+class ForgetsTheStep(XLA):
+    """Never runs what is recorded."""
+
+    def mark_step(self, world: World) -> None:
+        pass
+
 
 MODES = {
     "none": XLA(shard="none"),
@@ -24,7 +34,9 @@ CONFORMING = {  # the kit's model is smaller than any that is cut by default
     **MODES,
     "fsdp": XLA(shard="fsdp", min_sharded_elements=1),
     "hybrid": XLA(shard="fsdp", mesh=(2, 2), min_sharded_elements=1),
+    "forgets": ForgetsTheStep(),
 }
+
 STEPS, BATCH, LENGTH = 3, 8, 8 * 3 * 5 + 8 + 3  # five full windows, and a short one whose last batch is uneven
 
 
