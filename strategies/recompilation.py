@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .reads import ReadingLines, line_of_the_loop
 from .tree import describe
 
 _log = logging.getLogger("accelerator")
@@ -17,7 +15,7 @@ _log = logging.getLogger("accelerator")
 _WARM_UP_STEPS = 4  # the optimizer makes its state in the first, explicit weights settle in the third
 _SHAPES_WITHOUT_WARNING = 2  # of a full window and the last one
 _CHANGES_WITHOUT_WARNING = 2  # a schedule reaches 0 or 1, which are numbers of the program and not of its input
-_OURS = str(Path(__file__).resolve().parent)
+_MOST_SHAPES = 1000  # remembered
 
 
 class Recompilations:
@@ -33,6 +31,7 @@ class Recompilations:
         self._last_was_new = False
         self._begun: tuple[int, int] | None = None  # programs compiled and values read when the first of them was taken
         self._reads = 0
+        self._observer: ReadingLines | None = None  # of the window after one that read
         self._changes = 0
         self._warned: set[str] = set()
 
@@ -42,11 +41,20 @@ class Recompilations:
             return
         if not self._window:
             self._begun = _num_compiled(), _num_read()
+            looks = self._reads and self.num_steps > _WARM_UP_STEPS and "read" not in self._warned
+            if looks and self._observer is None:
+                self._observer = ReadingLines()
+                self._observer.begin()
         self._window.append(describe(batch))
 
     def before_run(self) -> None:
         """Look at what was read since the window's first batch was taken: nothing, in a loop that only records."""
+        if not torch.is_grad_enabled():
+            return
         self._reads = _num_read() - self._begun[1] if self._begun is not None else 0
+        if self._observer is not None and self._observer.end():
+            self._tell_of_reads(self._observer.lines)
+            self._observer = None
 
     def after_run(self) -> None:
         """Look at what this step compiled."""
@@ -57,19 +65,12 @@ class Recompilations:
         window, self._window, self._begun = tuple(self._window), [], None
         # A loader that reads one batch ahead shows a new shape one step early.
         is_new, self._last_was_new = window not in self._known or self._last_was_new, window not in self._known
-        self._known[window] = self._known.get(window, 0) + 1
+        if len(self._known) < _MOST_SHAPES:
+            self._known[window] = self._known.get(window, 0) + 1
         self.num_steps += 1
         if self.num_steps <= _WARM_UP_STEPS:
             return
-        if self._reads:
-            self._warn(
-                "read",
-                "a value was read from the device between taking a batch and the end of its window, %d times in one "
-                "step: .item(), float(), print, or an if on a tensor. Each splits the step's program and waits for it. "
-                "Keep such values as tensors (.detach()), and read them after the window",
-                self._reads,
-            )
-        elif compiled and is_new and len(self._known) > _SHAPES_WITHOUT_WARNING:
+        if compiled and is_new and len(self._known) > _SHAPES_WITHOUT_WARNING:
             latest = list(self._known.items())[-3:]
             listed = "; ".join(f"{' then '.join(shapes)} ({count} times)" for shapes, count in latest)
             self._warn(
@@ -79,7 +80,7 @@ class Recompilations:
                 len(self._known),
                 listed,
             )
-        elif compiled and not is_new:
+        elif compiled and not is_new and not self._reads:
             self._changes += 1
             if self._changes > _CHANGES_WITHOUT_WARNING:
                 self._warn(
@@ -91,10 +92,21 @@ class Recompilations:
                     self.num_steps,
                 )
 
+    def _tell_of_reads(self, lines: list[str]) -> None:
+        if self._reads:
+            where = ", ".join(sorted(set(lines))) or "something (print, perhaps)"
+            self._warn(
+                "read",
+                "%s read a value from the device inside a window, as .item(), float(), print and an if on a tensor do. "
+                "Each splits the step's program and waits for it. Keep such values as tensors (.detach()), and read "
+                "them after the window",
+                where,
+            )
+
     def _warn(self, cause: str, words: str, *values: object) -> None:
         if cause not in self._warned:
             self._warned.add(cause)
-            _log.warning(f"{words}. The window ended at %s", *values, _line_of_the_loop())
+            _log.warning(f"{words}. The window ended at %s", *values, line_of_the_loop())
 
 
 def _num_compiled() -> int:
@@ -110,12 +122,3 @@ def _num_read() -> int:
 
     reads = metrics.metric_data("TransferFromDeviceTime")
     return reads[0] if reads else 0
-
-
-def _line_of_the_loop() -> str:
-    """The innermost line that is neither ours nor an installed package's."""
-    skipped = (_OURS, str(Path(_OURS).with_name("accelerator")), sysconfig.get_paths()["purelib"])
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((*skipped, sysconfig.get_paths()["stdlib"])):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

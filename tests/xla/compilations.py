@@ -61,9 +61,19 @@ def steady(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) ->
 
 def reading(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
     for x, y, _ in loader:
-        with accelerator.accumulate(model):  # the line to be named
+        with accelerator.accumulate(model):
             loss = each_loss(model, x, y).mean()
-            loss.item()
+            loss.item()  # the line to be named
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def printing(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
+    for x, y, _ in loader:
+        with accelerator.accumulate(model):
+            loss = each_loss(model, x, y).mean()
+            print(loss, file=sys.stderr)
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -92,6 +102,7 @@ def main() -> None:
         "steady": warnings_of(steady, 12 * BATCH + 3),
         "steady windows": warnings_of(steady, 17 * BATCH + 3, gradient_accumulation_steps=3),
         "reading": warnings_of(reading),
+        "printing": warnings_of(printing),
         "shapes": warnings_of(changing_shapes),
         "number": warnings_of(changing_number),
     }

@@ -30,9 +30,15 @@ def test_a_steady_loop_is_not_warned(messages: dict[str, list[str]], loop: str) 
 
 def test_a_value_read_inside_a_window_is_named(messages: dict[str, list[str]]) -> None:
     (message,) = messages["reading"]
-    assert "a value was read from the device" in message
-    assert "1 times in one step: .item()" in message
-    assert "# the line to be named" in line_of(message)
+    line, words = re.match(r"(.*?\.py:\d+) (read a value from the device inside a window.*)", message).groups()
+    assert "# the line to be named" in line_of(line)
+    assert "accumulate" in line_of(words)
+
+
+def test_a_value_printed_inside_a_window_is_told_with_the_window(messages: dict[str, list[str]]) -> None:
+    (message,) = messages["printing"]
+    assert message.startswith("something (print, perhaps) read a value")
+    assert "accumulate" in line_of(message)
 
 
 def test_changing_shapes_are_named_with_counts(messages: dict[str, list[str]]) -> None:
