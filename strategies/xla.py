@@ -19,7 +19,7 @@ from .recompilation import Recompilations
 from .tree import iterate_tensors, move
 from .unbiased_variance import correct_running_variance
 from .world import World
-from .xla_layout import Layout, re_tie, ties_of
+from .xla_layout import Layout, move_model
 
 Shard = Literal["none", "data", "fsdp"]
 _NOTHING = nullcontext()  # may be entered again and again
@@ -86,9 +86,7 @@ class XLA(Strategy):
 
     def wrap(self, model: nn.Module, world: World, precision: Precision) -> nn.Module:
         """Move the model to the device(s), tie again what was tied, and cut its parameters."""
-        ties = ties_of(model)
-        model = model.to(world.device)
-        re_tie(model, ties)
+        model = move_model(model, world.device)
         correct_running_variance(model)
         layout = _xla(world).layout
         if layout is not None:

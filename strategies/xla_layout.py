@@ -8,7 +8,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+
+from .errors import PrepareError
 
 _AXES = ("data", "fsdp")
 
@@ -67,6 +70,26 @@ class Layout:
 
         if tensor.ndim:  # scalars are on every device anyway
             torch_xla._XLAC._xla_mark_sharding(tensor, self.mesh.get_op_sharding(spec))
+
+
+def move_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move `model` in place. Its parameters are replaced; their ties and Python attributes are kept.
+
+    Raises `PrepareError` for a parameter with hooks, which would be lost.
+    """
+    before = dict(model.named_parameters())
+    hooked = [name for name, old in before.items() if old._backward_hooks or old._post_accumulate_grad_hooks]
+    if hooked:
+        raise PrepareError(
+            f"{hooked[0]} of {type(model).__name__} has hooks, and moving it to torch_xla makes a new parameter "
+            "without them. Register hooks on the parameters of the model that prepare() returned."
+        )
+    ties = ties_of(model)
+    model = model.to(device)
+    re_tie(model, ties)
+    for name, parameter in model.named_parameters():
+        vars(parameter).update(vars(before[name]))
+    return model
 
 
 def ties_of(model: nn.Module) -> list[list[str]]:

@@ -274,6 +274,7 @@ def export(strategy: XLA) -> Any:
     """Weights go out whole and come back, prepared or plain, cut or not."""
     accelerator = Accelerator(strategy)
     net = make_net()
+    net.up.weight.label = "mine"
     model, optimizer = accelerator.prepare(net, make_sgd(net))
     before = shapes_on_devices(model, optimizer)
     other = {name: value + 1 for name, value in make_net().state_dict().items()}
@@ -285,6 +286,7 @@ def export(strategy: XLA) -> Any:
         "on the CPU": all(value.device.type == "cpu" for value in state.values()),
         "cut as before": shapes_on_devices(model, optimizer) == before,
         "tied": model.again.weight is model.down.weight,
+        "labelled": model.up.weight.label == "mine",
     }
 
 

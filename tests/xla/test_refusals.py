@@ -36,6 +36,10 @@ CASES = {
         "Accelerator('xla').prepare(torch.nn.Sequential(torch.nn.BatchNorm1d(3, momentum=None)))",
         r"PrepareError: 0 is BatchNorm1d\(momentum=None\), which would read a number",
     ),
+    "a hook on a parameter": (
+        "model = torch.nn.Linear(3, 3)\nmodel.bias.register_hook(print)\nAccelerator('xla').prepare(model)",
+        "PrepareError: bias of Linear has hooks, and moving it to torch_xla makes a new parameter without",
+    ),
     "processes that were asked for": (
         "import os\nos.environ['ACCELERATOR_LAUNCH__NPROC_PER_NODE'] = '2'\nAccelerator('xla')",
         "LaunchError: launch.nproc_per_node is 2 .*2 processes asked for, 1 found",
