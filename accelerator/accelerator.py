@@ -88,6 +88,7 @@ class Accelerator:
         self._seeded_apart = False
         if self._settings.seed is not None:
             processes.seed_everything(self._settings.seed)
+            self._strategy.seed(self._settings.seed, self._world)
         self._finalizer = weakref.finalize(self, _end, self._strategy, self._world, self._accumulation)
         try:
             check_world(self._resolved, self._world)
@@ -410,7 +411,7 @@ class Accelerator:
         """Let go of everything prepared, and return cached device memory. What was prepared is unusable after."""
         self._accumulation.release()
         gc.collect()
-        if self._world.device.type != "cpu":
+        if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 
     def end_training(self) -> None:

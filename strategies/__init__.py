@@ -19,11 +19,13 @@ from .fsdp import FSDP
 from .precision import Precision
 from .single import CPU, SingleDevice
 from .world import World
+from .xla import XLA
 
 __all__ = [
     "CPU",
     "DDP",
     "FSDP",
+    "XLA",
     "AcceleratorError",
     "CollectiveError",
     "ConfigurationError",

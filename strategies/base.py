@@ -1,7 +1,7 @@
 """The contract between a training loop and its hardware: ten methods a strategy must write.
 
 A strategy is a frozen dataclass: its fields are its settings, its methods are its behaviour. The first ten
-methods below are abstract, so that one an author forgets fails at construction and not in a run. The last two
+methods below are abstract, so that one an author forgets fails at construction and not in a run. The last three
 are right for any strategy that places a whole model on one device.
 Everything that all strategies share (finding parameters again after wrapping, gating the optimizer,
 cutting the data) is written once, in `strategies.prepared`, and is not for a subclass to replace.
@@ -79,7 +79,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def mark_step(self, world: World) -> None:
-        """Called after every update, for hardware that runs a recorded graph."""
+        """Run what was recorded, on hardware that records. Called after every update.
+
+        Called also between batches that are not trained on, so that an evaluation does not record without end.
+        """
 
     @abstractmethod
     def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
@@ -91,6 +94,9 @@ class Strategy(ABC):
         With `empty`, they hold NaN: they will be loaded.
         """
         return born_on(world.device, empty=empty)
+
+    def seed(self, value: int, world: World) -> None:  # noqa: B027  # nothing to do is right for most
+        """Seed the generators of devices that `torch.manual_seed` does not reach. Called where a seed is configured."""
 
     def describe(self, wrapped: nn.Module, world: World) -> Mapping[str, str]:
         """What `wrap` made of a model, name and words, for `Accelerator.explain()`."""

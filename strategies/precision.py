@@ -52,6 +52,11 @@ class Precision:
                 f"mixed_precision is 'bf16', but {name} does not compute in bfloat16. "
                 "Use mixed_precision='fp16' or 'no' on this device."
             )
+        if device.type == "xla" and self.scales_loss:
+            raise ConfigurationError(
+                "mixed_precision is 'fp16', but torch_xla has no loss scaler that stays on the device. "
+                "Use mixed_precision='bf16', which needs none, or 'no'."
+            )
         if device.type == "mps" and self.mode == "bf16" and not torch.backends.mps.is_macos_or_newer(14, 0):
             raise ConfigurationError(
                 "mixed_precision is 'bf16', but bfloat16 on MPS needs macOS 14. Use 'fp16' or 'no'."

@@ -23,6 +23,7 @@ BUILT_IN = {
     "single": "strategies.single:SingleDevice",
     "ddp": "strategies.ddp:DDP",
     "fsdp": "strategies.fsdp:FSDP",
+    "xla": "strategies.xla:XLA",
 }
 
 

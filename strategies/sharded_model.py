@@ -145,8 +145,8 @@ def refuse_uneven_use(model: nn.Module, world: World) -> None:
         names = [name for index, (name, _) in enumerate(named) if len({each[index] for each in everywhere}) > 1]
         raise StepError(
             f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} of {class_name(model)} took part in the loss "
-            "on some ranks only, where fully_shard adds gradients of different parameters together. Use every parameter "
-            "on every rank: add 0 times the output of the part that is left out."
+            "on some ranks only, where fully_shard adds gradients of different parameters together. Use every "
+            "parameter on every rank: add 0 times the output of the part that is left out."
         )
 
 

@@ -21,6 +21,7 @@ from .rules.gradients import (
 )
 from .rules.parameters import live_parameters, replicas_agree, step_changes_weights, unwrap_returns_the_module
 from .rules.precision import autocast_dtype, overflow_skips_everywhere
+from .rules.recording import recorded_work_runs
 from .rules.surroundings import device_loader_keeps_batches, teardown_and_again, world_is_consistent
 
 _IN_ORDER = (
@@ -41,6 +42,7 @@ _IN_ORDER = (
     communication_at_close,
     autocast_dtype,
     overflow_skips_everywhere,
+    recorded_work_runs,
     teardown_and_again,
 )
 

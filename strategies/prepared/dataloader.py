@@ -75,6 +75,7 @@ class DataLoaderLink:
                 for index, batch in enumerate(batches):
                     advance(cursor, index, index == final)
                     yield batch
+                    self._run_untrained(cursor)
                 self._check_number(cursor, sampler.cut.num_batches)
             cursor.finished = True
         except Exception as error:
@@ -101,7 +102,13 @@ class DataLoaderLink:
             cursor.samples_seen = num_samples(batch) or 1
             advance(cursor, cursor.index + 1, following is nothing)
             yield batch
+            self._run_untrained(cursor)
             batch = following
+
+    def _run_untrained(self, cursor: Cursor) -> None:
+        """Run what was recorded for a batch that no window closes with."""
+        if cursor.last_trained != cursor.index:
+            self.accumulation.strategy.mark_step(self.accumulation.world)
 
     def _check_trained(self, cursor: Cursor) -> None:
         missed = cursor.index + 1 - cursor.num_trained

@@ -53,7 +53,7 @@ class PreparedOptimizer(View):
         original.load_state_dict(state_dict)
         for parameter, values in original.state.items():
             for name, value in values.items():
-                values[name] = _cut(value, parameter, parameter)
+                values[name] = _placed(name, value, parameter, parameter)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of models that are prepared."""
@@ -166,8 +166,8 @@ class OptimizerLink:
             group["params"] = self.adopt(before)
             for old, new in zip(before, group["params"], strict=True):
                 if old is not new and old in state:
-                    state[new] = {name: _cut(value, old, new) for name, value in state.pop(old).items()}
-        if any(is_sharded(parameter) for parameter in self.parameters()):
+                    state[new] = {name: _placed(name, value, old, new) for name, value in state.pop(old).items()}
+        if any(is_sharded(parameter) or parameter.device.type == "xla" for parameter in self.parameters()):
             refuse_unless_it_steps(self.original)
 
     def _step_with(self, closure: Callable[[], Any], window: Window | None) -> Any:
@@ -199,17 +199,13 @@ class OptimizerLink:
             )
 
 
-def _cut(value: Any, old: Tensor, new: Tensor) -> Any:
-    """State of a parameter as the parameter is cut now: what has its shape is cut alike, anything else is kept."""
-    if (
-        isinstance(value, Tensor)
-        and value.shape == old.shape
-        and value.ndim
-        and is_sharded(new)
-        and not is_sharded(value)
-    ):
-        return cut_like(value.to(new.device), new.detach())
-    return value
+def _placed(name: str, value: Any, old: Tensor, new: Tensor) -> Any:
+    """State of a parameter, where the parameter is now: what has its shape is cut alike, anything else is kept."""
+    if name == "step" or not isinstance(value, Tensor) or value.shape != old.shape:  # torch counts steps on the CPU
+        return value
+    if is_sharded(value):
+        return value
+    return cut_like(value.to(new.device), new.detach())
 
 
 # Tells a scheduler that is built from the view not to put its own wrapper over the gate: the wrapper only

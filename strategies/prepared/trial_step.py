@@ -1,4 +1,4 @@
-"""Whether an optimizer can step on sharded parameters: asked of itself, before any work is lost."""
+"""Whether an optimizer can step on its parameters, sharded or on torch_xla: asked of itself, before any work."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ WORKING = "AdamW, Adam, SGD (without fused), Adagrad, RMSprop, NAdam, RAdam and 
 def refuse_unless_it_steps(optimizer: Optimizer) -> None:
     """Take two steps with the optimizer's settings on small parameters, cut as its own are and whole. Collective.
 
-    Raises `PrepareError` if a step on cut parameters fails, or gives other numbers than on whole ones. The optimizer
+    Raises `PrepareError` if a step fails, or gives other numbers on cut parameters than on whole ones. The optimizer
     and its parameters are not touched.
     """
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    has_shards = any(is_sharded(parameter) for parameter in held)
     results = []
     try:
-        for sharded in (False, True):
+        for sharded in (False, True) if has_shards else (False,):
             trial, parameters = _trial_of(optimizer, sharded=sharded)
             before = [whole(parameter).clone() for parameter in parameters]
             with torch.random.fork_rng(devices=[]):
@@ -35,10 +37,13 @@ def refuse_unless_it_steps(optimizer: Optimizer) -> None:
             results.append([whole(after) - old for after, old in zip(parameters, before, strict=True)])
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = "sharded parameters" if has_shards else f"parameters on {held[0].device.type}"
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        advice = "Leave out fused=True." if fused else f"Of torch, {WORKING} can."
         raise PrepareError(
-            f"{type(optimizer).__name__} cannot step on sharded parameters: {reason[:200]}. Of torch, {WORKING} can."
+            f"{type(optimizer).__name__} cannot step on {where}: {reason[:200].rstrip('.')}. {advice}"
         ) from error
-    for one, cut in zip(*results, strict=True):
+    for one, cut in zip(*results, strict=True) if has_shards else ():
         if not torch.allclose(one, cut, rtol=1e-3, atol=1e-3 * float(one.abs().max()), equal_nan=True):
             raise PrepareError(
                 f"{type(optimizer).__name__} gives other numbers on sharded parameters than on whole ones: after two "

@@ -116,7 +116,8 @@ def test_a_broken_strategy_is_rejected(
 
 
 def test_every_rule_has_a_strategy_that_it_rejects() -> None:
-    assert {rule for rule, *_ in BROKEN} == set(RULES)
+    needs_torch_xla = {"recorded_work_runs"}  # rejects one in tests/xla
+    assert {rule for rule, *_ in BROKEN} | needs_torch_xla == set(RULES)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,160 @@
+"""All devices of a host from one process, through torch_xla: one recorded program per accumulation window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from . import xla_runtime
+from .base import Strategy
+from .errors import ConfigurationError, PrepareError
+from .init_module import born_on
+from .precision import Precision
+from .recompilation import Recompilations
+from .tree import iterate_tensors, move
+from .unbiased_variance import correct_running_variance
+from .world import World
+from .xla_layout import Layout, move_model
+
+Shard = Literal["none", "data", "fsdp"]
+_NOTHING = nullcontext()  # may be entered again and again
+
+
+@dataclass(frozen=True, kw_only=True)
+class XLAWorld(World):
+    """A world of one process and the devices that it drives. `layout` is `None` for one device."""
+
+    num_devices: int = 1
+    layout: Layout | None = None
+    recompilations: Recompilations = field(default_factory=Recompilations, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class XLA(Strategy):
+    """torch_xla in one process: TPUs, or whatever else `PJRT_DEVICE` names.
+
+    Operations are recorded as they are called, compiled once per shape, and run when a window closes. Over several
+    devices it is one program (GSPMD; Xu et al. 2021, arXiv:2105.04663): a batch is that of all devices together.
+
+    `shard`: `"none"` uses one device; `"data"` cuts batches over all devices and copies the model to each; `"fsdp"`
+    also cuts parameters, gradients and optimizer state.
+    `mesh`: for `"fsdp"`, copies of the model and devices that each is cut over; `None` is one copy over all.
+    `min_sharded_elements`: smaller parameters stay whole on every device.
+    """
+
+    shard: Shard = "data"
+    mesh: tuple[int, int] | None = None
+    min_sharded_elements: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.shard not in ("none", "data", "fsdp"):
+            raise ConfigurationError(f"shard is {self.shard!r}; expected 'none', 'data' or 'fsdp'")
+        if self.mesh is not None and self.shard != "fsdp":
+            raise ConfigurationError(
+                f"mesh is {self.mesh} and shard is {self.shard!r}; expected shard='fsdp' with a mesh: (copies of the "
+                "model, devices that each is cut over)"
+            )
+        if self.mesh is not None and (len(self.mesh) != 2 or min(self.mesh) < 1):
+            raise ConfigurationError(f"mesh is {self.mesh}; expected two numbers >= 1, such as (2, 4)")
+        if self.min_sharded_elements < 1:
+            raise ConfigurationError(f"min_sharded_elements is {self.min_sharded_elements}; expected at least 1")
+
+    def setup(self) -> World:
+        """Start the runtime of torch_xla, before any backward, and lay its devices out in a mesh."""
+        device, num_devices = xla_runtime.start(type(self).__name__, wants_mesh=self.shard != "none")
+        if self.mesh is not None and self.mesh[0] * self.mesh[1] != num_devices:
+            raise ConfigurationError(
+                f"mesh is {self.mesh}, for {num_devices} devices; expected two numbers whose product is {num_devices}"
+            )
+        layout = None
+        if self.shard != "none" and num_devices > 1:
+            copies, parts = (num_devices, 1) if self.shard == "data" else self.mesh or (1, num_devices)
+            layout = Layout(copies, parts, self.min_sharded_elements)
+        return XLAWorld(device=device, num_devices=num_devices if layout else 1, layout=layout)
+
+    def teardown(self, world: World) -> None:
+        """The runtime lasts as long as the process."""
+
+    def seed(self, value: int, world: World) -> None:
+        """Seed the generator of the device."""
+        xla_runtime.seed(value)
+
+    def wrap(self, model: nn.Module, world: World, precision: Precision) -> nn.Module:
+        """Move the model to the device(s), tie again what was tied, and cut its parameters."""
+        model = move_model(model, world.device)
+        correct_running_variance(model)
+        layout = _xla(world).layout
+        if layout is not None:
+            self._refuse_uncut(model, layout)
+            layout.place_parameters(model)
+        return model
+
+    def unwrap(self, wrapped: nn.Module) -> nn.Module:
+        """The model itself."""
+        return wrapped
+
+    def autocast(self, world: World, precision: Precision) -> AbstractContextManager[Any]:
+        """torch's autocast for the device."""
+        return torch.autocast(world.device.type, dtype=precision.dtype)
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """Devices exchange gradients where the compiler puts it, once in the window's program."""
+        return _NOTHING
+
+    def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
+        """The program computes the mean over the whole batch."""
+
+    def discard_gradients(self, wrapped: nn.Module) -> None:
+        """Nothing is kept outside `.grad`."""
+
+    def mark_step(self, world: World) -> None:
+        """Run what was recorded."""
+        import torch_xla
+
+        recompilations = _xla(world).recompilations
+        recompilations.before_run()
+        torch_xla.sync()
+        recompilations.after_run()
+
+    def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
+        """Move each batch to the device, cut over all of them. An exception of the data passes through."""
+        own = _xla(world)
+        for batch in batches:
+            own.recompilations.note_batch(batch)
+            placed = move(batch, world.device)
+            if own.layout is not None:
+                for tensor in iterate_tensors(placed):
+                    own.layout.place_batch(tensor)
+            yield placed
+
+    def init_context(self, world: World, *, empty: bool) -> AbstractContextManager[Any]:
+        """Parameters are born on the CPU, whose generator gives the numbers of one process."""
+        return born_on(torch.device("cpu"), empty=empty)
+
+    def describe(self, wrapped: nn.Module, world: World) -> Mapping[str, str]:
+        """The devices, how they are laid out, and what is cut over them."""
+        layout = _xla(world).layout
+        if layout is None:
+            return {"devices": f"1 of torch_xla ({world.device})"}
+        return {"devices": f"{_xla(world).num_devices} of torch_xla, one program", **layout.describe(wrapped)}
+
+    def _refuse_uncut(self, model: nn.Module, layout: Layout) -> None:
+        parameters = dict(model.named_parameters())
+        if layout.parts == 1 or not parameters or any(layout.is_cut(p) for p in parameters.values()):
+            return
+        largest = max(p.numel() for p in parameters.values())
+        raise PrepareError(
+            f"{type(model).__name__} is too small to be cut over {layout.parts} devices: its largest parameter has "
+            f"{largest} elements; expected one of at least {self.min_sharded_elements}, with a dimension of at least "
+            f"{layout.parts}. Use shard='data', or a smaller min_sharded_elements."
+        )
+
+
+def _xla(world: World) -> XLAWorld:
+    assert isinstance(world, XLAWorld)  # made by setup
+    return world

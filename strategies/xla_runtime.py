@@ -1,0 +1,93 @@
+"""The runtime of torch_xla in this process: started before any backward, in one mode, and seeded."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+
+import torch
+
+from .errors import LaunchError
+from .process_group import read_environment
+
+
+def start(strategy: str, *, wants_mesh: bool) -> tuple[torch.device, int]:
+    """Start the runtime, or find the one that runs; the device that tensors are put on, and how many there are.
+
+    With `wants_mesh` and several devices, one program runs on all of them (SPMD), which a process does from its
+    start to its end or never. Raises `LaunchError` if the runtime is not there, does not fit torch or the processes
+    that were started, or is in the other mode.
+    """
+    _refuse_several_processes(strategy)
+    _import(strategy)
+    import torch_xla
+    import torch_xla.runtime as xr
+
+    is_first = not torch_xla._XLAC._xla_runtime_is_initialized()
+    num_devices = xr.global_runtime_device_count()
+    if xr.process_count() > 1:
+        raise LaunchError(
+            f"{strategy} found {xr.process_count()} processes of torch_xla, as on several hosts; expected one. "
+            "Training over several hosts is not built yet: use the devices of one host."
+        )
+    spmd = wants_mesh and num_devices > 1
+    if xr.is_spmd() and not spmd:
+        raise LaunchError(
+            f"{strategy} asks for one device, but this process already runs every program on all {num_devices}. "
+            "A process is in one mode from start to end. Start another process, or choose shard='data'."
+        )
+    if spmd and not xr.is_spmd():
+        xr.use_spmd()
+    device = torch_xla.device()
+    _refuse_late_start(device)
+    if is_first:
+        seed(torch.initial_seed())  # torch_xla's own is the same in every process
+    return device, num_devices
+
+
+def seed(value: int) -> None:
+    """Seed the generator of the device, which `torch.manual_seed` does not reach."""
+    import torch_xla
+
+    torch_xla.manual_seed(value % 2**63)
+
+
+def _import(strategy: str) -> None:
+    try:
+        import torch_xla  # noqa: F401  # an import that fails must fail here
+    except ImportError as error:
+        raise LaunchError(
+            f"{strategy} needs torch_xla, and {_installed()}; expected torch 2.9.0 with torch_xla 2.9.0, built for "
+            "each other. pip install 'torch-accelerator[xla]' brings both. "
+            f"Python said: {str(error).splitlines()[0][:200]}"
+        ) from error
+
+
+def _installed() -> str:
+    try:
+        return f"torch_xla {metadata.version('torch_xla')} is installed beside torch {torch.__version__}"
+    except metadata.PackageNotFoundError:
+        return f"it is not installed (torch is {torch.__version__})"
+
+
+def _refuse_several_processes(strategy: str) -> None:
+    placement = read_environment(os.environ)
+    if placement.size > 1:
+        # Each would be told that it is alone, and train a model of its own.
+        raise LaunchError(
+            f"{strategy} drives all devices of a host from one process, but {placement.launcher} started "
+            f"{placement.size}. Start one: plain `python`, or `accelerator launch --nproc-per-node 1`."
+        )
+
+
+def _refuse_late_start(device: torch.device) -> None:
+    """Torch counts the devices of its backward threads once, in the first backward of the process."""
+    try:
+        torch.ones((), device=device, requires_grad=True).mul(1).backward()
+    except RuntimeError as error:
+        if "device_ready_queues_" not in str(error):
+            raise
+        raise LaunchError(
+            "a backward ran in this process before the runtime of torch_xla was started, after which none can run on "
+            "its devices. Construct the Accelerator before the first backward."
+        ) from error

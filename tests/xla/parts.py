@@ -1,0 +1,311 @@
+"""Training under one mode of XLA beside plain PyTorch, as a script: prints what came of every part as JSON.
+
+`python parts.py MODE [PART ...]`. One process has one mode, and plain backward may run only after the runtime has
+started, so everything of a mode is done in one process.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import traceback
+from typing import Any
+
+import torch
+import torch_xla
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from accelerator import Accelerator
+from strategies import XLA
+from training import (
+    BATCH,
+    LENGTH,
+    MODES,
+    STEPS,
+    distance,
+    each_loss,
+    make_data,
+    make_net,
+    make_schedule,
+    make_sgd,
+    plain,
+    shapes_on_devices,
+    train,
+    weights_of,
+)
+
+
+def sgd(strategy: XLA) -> Any:
+    came = train(strategy)
+    return {**distance(came, plain()), **{name: came[name] for name in ("costs", "tied", "shapes", "explain")}}
+
+
+def adamw(strategy: XLA) -> Any:
+    def make(net: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(net.parameters(), lr=1e-2, eps=1e-3)
+
+    came = train(strategy, make)
+    return {**distance(came, plain(make)), "costs": came["costs"]}
+
+
+def by_tokens(strategy: XLA) -> Any:
+    came = train(strategy, tokens=True)
+    return {**distance(came, plain(tokens=True)), "costs": came["costs"]}
+
+
+def bf16(strategy: XLA) -> Any:
+    return distance(train(strategy, mixed_precision="bf16"), plain())
+
+
+class Normalised(nn.Module):
+    """Batch normalisation of vectors and of images, and dropout that does nothing in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.of_images = nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8 * 32, 32)
+        self.of_vectors = nn.BatchNorm1d(32, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = torch.tanh(self.of_images(self.conv(x.reshape(-1, 1, 4, 8))))
+        return self.of_vectors(self.linear(images.flatten(1)))
+
+
+def batch_norm(strategy: XLA) -> Any:
+    """Statistics after training, and what evaluation makes of them."""
+    accelerator = Accelerator(strategy)
+    net, twin = make_net(Normalised), make_net(Normalised)
+    model, optimizer, loader = accelerator.prepare(net, make_sgd(net), DataLoader(make_data(), batch_size=BATCH))
+    other = make_sgd(twin)
+    for x, y, _ in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(each_loss(model, x, y).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        other.zero_grad()
+        each_loss(twin, x.cpu(), y.cpu()).mean().backward()
+        other.step()
+    found = {
+        name: float((buffer.cpu() - dict(twin.named_buffers())[name]).abs().max())
+        for name, buffer in model.named_buffers()
+    }
+    model.eval()
+    twin.eval()
+    x = make_data().tensors[0]
+    with torch.no_grad():
+        found["evaluation"] = float((model(x.to(accelerator.device)).cpu() - twin(x)).abs().max())
+    copied = copy.deepcopy(model).cpu()
+    found["of a copy"] = float((copied(x) - twin(x)).detach().abs().max())
+    return found
+
+
+def evaluation(strategy: XLA) -> Any:
+    """An evaluation in the middle of a window, left by break; metrics gathered; programs stay small."""
+    accelerator = Accelerator(strategy, gradient_accumulation_steps=STEPS)
+    net = make_net()
+    model, optimizer, loader, test_loader = accelerator.prepare(
+        net, make_sgd(net), DataLoader(make_data(), batch_size=BATCH), DataLoader(make_data(43), batch_size=BATCH)
+    )
+    gathered, pending = [], []
+    for number, (x, y, _) in enumerate(loader):
+        with accelerator.accumulate(model):
+            accelerator.backward(each_loss(model, x, y).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        if number in (1, 3):
+            model.eval()
+            with torch.no_grad():
+                for index, (inputs, targets, _) in enumerate(test_loader):
+                    values = accelerator.gather_for_metrics(each_loss(model, inputs, targets))
+                    pending.append(pending_ir([values]))
+                    if number == 3:
+                        gathered.append(values)
+                    elif index == 2:
+                        break
+            model.train()
+    weights = weights_of(model)
+    came = torch.cat([values.cpu() for values in gathered])
+    plainly, (x, y, _) = make_net(), make_data().tensors
+    optimizer = make_sgd(plainly)
+    expected = None
+    for first in range(0, LENGTH, BATCH * STEPS):
+        if first == BATCH * STEPS:
+            with torch.no_grad():
+                inputs, targets, _ = make_data(43).tensors
+                expected = each_loss(plainly, inputs, targets)
+        optimizer.zero_grad()
+        each_loss(plainly, x[first : first + BATCH * STEPS], y[first : first + BATCH * STEPS]).mean().backward()
+        optimizer.step()
+    assert expected is not None
+    return {
+        "length": len(came),
+        "metrics": float((came - expected).abs().max()),
+        "weights": max(float((weights[n] - w).abs().max()) for n, w in weights_of(plainly).items()),
+        "longest": max(pending[6:]),
+        "first": pending[6],
+    }
+
+
+def pending_ir(tensors: list[Tensor]) -> int:
+    """Operations recorded for these tensors and not run."""
+    return torch_xla._XLAC._get_xla_tensors_text(tensors).count("\n")
+
+
+def resume(strategy: XLA) -> Any:
+    """State dicts after one epoch, loaded into new objects: the second epoch is the same to the last bit."""
+
+    def run(state: Any, epochs: int) -> tuple[Any, Any]:
+        accelerator = Accelerator(strategy, gradient_accumulation_steps=STEPS)
+        net = make_net()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        schedule = make_schedule(optimizer)
+        model, optimizer, schedule, loader = accelerator.prepare(
+            net, optimizer, schedule, DataLoader(make_data(), batch_size=BATCH)
+        )
+        if state is not None:
+            for item, saved in zip((model, optimizer, schedule), state, strict=True):
+                item.load_state_dict(saved)
+        states = []
+        for _ in range(epochs):
+            for x, y, _ in loader:
+                with accelerator.accumulate(model):
+                    accelerator.backward(each_loss(model, x, y).mean())
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+            weights = accelerator.get_state_dict(model)
+            moments = copy.deepcopy(torch.utils._pytree.tree_map_only(Tensor, on_cpu, optimizer.state_dict()))
+            states.append((weights, moments, copy.deepcopy(schedule.state_dict())))
+        return states, shapes_on_devices(model, optimizer)
+
+    whole, before = run(None, 2)
+    parts, after = run(whole[0], 1)
+    differences = [float((whole[1][0][name] - value).abs().max()) for name, value in parts[0][0].items()]
+    make_net().load_state_dict(whole[1][0])  # what was saved fits a model on the CPU
+    return {"weights": max(differences), "same shapes": before == after}
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def dropout(strategy: XLA) -> Any:
+    """Random numbers of the device, under two seeds and none."""
+    drawn = []
+    for seed in (1, 1, 2):
+        accelerator = Accelerator(strategy, seed=seed)
+        ones = torch.ones(64, device=accelerator.device)
+        drawn.append(nn.functional.dropout(ones, 0.5).cpu().tolist())
+        accelerator.end_training()
+    return {"same": drawn[0] == drawn[1], "other": drawn[0] != drawn[2]}
+
+
+OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+
+
+def optimizers(strategy: XLA) -> Any:
+    """Of each optimizer of torch, how far its first step is from that on a CPU, or why it is refused."""
+    found: dict[str, Any] = {}
+    asked = [(name, {}) for name in (*OPTIMIZERS, "Adafactor")]
+    for name, options in [*asked, ("AdamW", {"fused": True}), ("SGD", {"fused": True}), ("AdamW", {"foreach": True})]:
+        label = " ".join([name, *options])
+        accelerator = Accelerator(strategy)
+        net, twin = make_net(), make_net()
+        (x, y, _), kind = make_data(8).tensors, getattr(torch.optim, name)
+        each_loss(twin, x, y).mean().backward()
+        kind(twin.parameters(), lr=1e-2).step()
+        try:
+            model, optimizer = accelerator.prepare(net, kind(net.parameters(), lr=1e-2, **options))
+        except Exception as error:
+            found[label] = f"{type(error).__name__}: {error}"
+            continue
+        with accelerator.accumulate(model):
+            accelerator.backward(each_loss(model, x.to(accelerator.device), y.to(accelerator.device)).mean())
+            optimizer.step()
+        weights = weights_of(model)
+        found[label] = max(float((weights[n] - w).abs().max()) for n, w in weights_of(twin).items())
+    return found
+
+
+def clip_value(strategy: XLA) -> Any:
+    accelerator = Accelerator(strategy)
+    net, twin = make_net(), make_net()
+    x, y, _ = make_data(8).tensors
+    model, optimizer = accelerator.prepare(net, make_sgd(net))
+    with accelerator.accumulate(model):
+        accelerator.backward(each_loss(model, x.to(accelerator.device), y.to(accelerator.device)).mean())
+        accelerator.clip_grad_value_(model.parameters(), 1e-3)
+        optimizer.step()
+    each_loss(twin, x, y).mean().backward()
+    nn.utils.clip_grad_value_(twin.parameters(), 1e-3)
+    make_sgd(twin).step()
+    return max(float((weights_of(model)[n] - w).abs().max()) for n, w in weights_of(twin).items())
+
+
+class Failing(Dataset[Any]):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 7:
+            raise ValueError("sample 7 cannot be read")
+        return torch.full((4,), float(index))
+
+
+def exceptions(strategy: XLA) -> Any:
+    """How many batches come before the dataset's own exception, without and with forked workers."""
+    found = {}
+    for num_workers in (0, 2):
+        accelerator = Accelerator(strategy)
+        loader = accelerator.prepare(DataLoader(Failing(), batch_size=2, num_workers=num_workers))
+        number = 0
+        try:
+            for _ in loader:
+                number += 1
+        except ValueError as error:
+            found[num_workers] = [number, "sample 7 cannot be read" in str(error)]
+    return found
+
+
+def export(strategy: XLA) -> Any:
+    """Weights go out whole and come back, prepared or plain, cut or not."""
+    accelerator = Accelerator(strategy)
+    net = make_net()
+    net.up.weight.label = "mine"
+    model, optimizer = accelerator.prepare(net, make_sgd(net))
+    before = shapes_on_devices(model, optimizer)
+    other = {name: value + 1 for name, value in make_net().state_dict().items()}
+    model.load_state_dict(other)
+    torch_xla.sync()
+    state = accelerator.get_state_dict(model)
+    return {
+        "equal": all(torch.equal(state[name], value) for name, value in other.items()),
+        "on the CPU": all(value.device.type == "cpu" for value in state.values()),
+        "cut as before": shapes_on_devices(model, optimizer) == before,
+        "tied": model.again.weight is model.down.weight,
+        "labelled": model.up.weight.label == "mine",
+    }
+
+
+PARTS = (
+    sgd, adamw, by_tokens, bf16, batch_norm, evaluation, resume, dropout, optimizers, clip_value, exceptions, export,
+)  # fmt: skip
+
+
+def main(mode: str, wanted: list[str]) -> None:
+    results: dict[str, Any] = {}
+    for part in PARTS:
+        if wanted and part.__name__ not in wanted:
+            continue
+        try:
+            results[part.__name__] = part(MODES[mode])
+        except Exception:
+            results[part.__name__] = {"error": traceback.format_exc()}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,54 @@
+"""Loops that read inside a window or compile too often are told so, once, with the line; others are left in peace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(params=["none", "fsdp"])
+def messages(request: pytest.FixtureRequest, run: Callable[..., Any]) -> dict[str, list[str]]:
+    return run("compilations.py", request.param)
+
+
+def line_of(message: str) -> str:
+    path, number = re.search(r"([^ ]+\.py):(\d+)$", message).groups()
+    assert Path(path) == Path(__file__).with_name("compilations.py")
+    return Path(path).read_text().splitlines()[int(number) - 1]
+
+
+@pytest.mark.parametrize("loop", ["steady", "steady windows"])
+def test_a_steady_loop_is_not_warned(messages: dict[str, list[str]], loop: str) -> None:
+    assert messages[loop] == []
+
+
+def test_a_value_read_inside_a_window_is_named(messages: dict[str, list[str]]) -> None:
+    (message,) = messages["reading"]
+    line, words = re.match(r"(.*?\.py:\d+) (read a value from the device inside a window.*)", message).groups()
+    assert "# the line to be named" in line_of(line)
+    assert "accumulate" in line_of(words)
+
+
+def test_a_value_printed_inside_a_window_is_told_with_the_window(messages: dict[str, list[str]]) -> None:
+    (message,) = messages["printing"]
+    assert message.startswith("something (print, perhaps) read a value")
+    assert "accumulate" in line_of(message)
+
+
+def test_changing_shapes_are_named_with_counts(messages: dict[str, list[str]]) -> None:
+    (message,) = messages["shapes"]
+    assert re.search("batches of [45] different shapes", message)
+    assert "(6, 32) float32] (1 times)" in message
+    assert "accumulate" in line_of(message)
+
+
+def test_a_changing_number_is_named(messages: dict[str, list[str]]) -> None:
+    (message,) = messages["number"]
+    assert "a Python number that enters the program has changed (the length of a slice" in message
+    assert "accumulate" in line_of(message)
