@@ -133,7 +133,7 @@ class StreamShard(IterableDataset[Any]):
         if self._alone or self._info is None:
             self._show(get_worker_info())
         elif self._begun:  # a worker that is kept begins another pass
-            self.turn, self.layers, asked = 0, (), self._info.was_asked
+            self.turn, self.layers, self.places, asked = 0, (), {}, self._info.was_asked
             self._show(self._info._real)
             self._info.was_asked = asked
         self._begun = True

@@ -106,7 +106,10 @@ def run(
     dispatch: bool = False,
 ) -> tuple[list[list[int]], dict[str, Any]]:
     accelerator = Accelerator(strategy="auto", seed=4, dispatch_batches=dispatch)
-    loader = accelerator.prepare(DataLoader(KINDS[kind](length), batch_size=batch, num_workers=workers))
+    context = "fork" if workers else None  # the pool's own, a fork server, imports torch anew for each worker
+    loader = accelerator.prepare(
+        DataLoader(KINDS[kind](length), batch_size=batch, num_workers=workers, multiprocessing_context=context)
+    )
     if state is not None:
         loader.load_state_dict(state)
     taken: list[list[int]] = []
@@ -118,10 +121,10 @@ def run(
     return taken, json.loads(json.dumps(loader.state_dict()))
 
 
-def on(ranks: RankPool, nproc: int, *arguments: Any, **options: Any) -> Any:
+def on(ranks: RankPool, nproc: int, *arguments: Any) -> Any:
     if nproc == 1:
-        return run(*arguments, **options)
-    first, *others = ranks(run, *arguments, nproc=nproc, **options)
+        return run(*arguments)
+    first, *others = ranks(run, *arguments, nproc=nproc)
     assert all(other == first for other in others)
     return first
 
@@ -197,11 +200,11 @@ def test_what_the_dataset_makes_itself_needs_the_same_number_of_parts(ranks: Ran
 
 @pytest.mark.parametrize("length", [1, 12, 13])
 def test_rank_0_may_read_for_all(ranks: RankPool, length: int) -> None:
-    taken, _ = on(ranks, 3, "Plain", length, 2, 0, None, None, dispatch=True)
+    taken, _ = on(ranks, 3, "Plain", length, 2, 0, None, None, 1, True)
     assert flat(taken) == list(range(length))
-    before, state = on(ranks, 3, "Plain", length, 2, 0, None, 1, dispatch=True)
+    before, state = on(ranks, 3, "Plain", length, 2, 0, None, 1, 1, True)
     assert state["num_shards"] == 1
-    after, _ = on(ranks, 2, "Plain", length, 2, 0, state, None, dispatch=True)
+    after, _ = on(ranks, 2, "Plain", length, 2, 0, state, None, 1, True)
     assert flat(before) + flat(after) == list(range(length))
 
 
@@ -303,7 +306,8 @@ def test_the_loops_generators_are_left_alone(ranks: RankPool) -> None:
 
 
 def drawn_beside() -> bool:
-    loader = Accelerator(strategy="ddp").prepare(DataLoader(Shuffled(8), batch_size=2))
+    accelerator = Accelerator(strategy="ddp")
+    loader = accelerator.prepare(DataLoader(Shuffled(8), batch_size=2))
     state = random.getstate()
     list(loader)
     return random.getstate() == state
