@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader
 from strategies import Precision, Strategy, World, clipping, collectives
 from strategies.accumulation import Accumulation
 from strategies.errors import AcceleratorError, DataError, PrepareError, StateError
-from strategies.prepared import View, prepare
+from strategies.prepared import DataOptions, View, prepare
 from strategies.recording import default_dtype
-from strategies.sources import Cursor
 from strategies.tree import num_samples
 
 from . import checkpoint, export, processes
@@ -47,6 +46,7 @@ class Accelerator:
     - `gradient_accumulation_steps`: micro-batches per optimizer step, at least 1.
     - `global_batch_size`: samples per optimizer step over all ranks; the accumulation steps follow from it.
     - `split_batches`: whether a loader's `batch_size` is that of all ranks together instead of each rank's.
+    - `dispatch_batches`: whether rank 0 alone reads iterable datasets, and sends the others their batches.
     - `seed`: of Python's, NumPy's and torch's generators and of the order of the data.
     - `project_dir`: where the run's files go, and where `accelerator.toml` is looked for.
     - `config`: the path of a configuration file.
@@ -62,6 +62,7 @@ class Accelerator:
         gradient_accumulation_steps: int | NotGiven = NOT_GIVEN,
         global_batch_size: int | NotGiven | None = NOT_GIVEN,
         split_batches: bool | NotGiven = NOT_GIVEN,
+        dispatch_batches: bool | NotGiven = NOT_GIVEN,
         seed: int | NotGiven | None = NOT_GIVEN,
         project_dir: str | os.PathLike[str] | NotGiven | None = NOT_GIVEN,
         config: str | os.PathLike[str] | None = None,
@@ -72,6 +73,7 @@ class Accelerator:
             gradient_accumulation_steps=gradient_accumulation_steps,
             global_batch_size=global_batch_size,
             split_batches=split_batches,
+            dispatch_batches=dispatch_batches,
             seed=seed,
             project_dir=project_dir if isinstance(project_dir, NotGiven | None) else os.fspath(project_dir),
         )
@@ -109,7 +111,10 @@ class Accelerator:
         if not objects:
             raise PrepareError("prepare() got nothing; expected models, optimizers, schedulers or dataloaders")
         seed = self._settings.seed
-        prepared = prepare(objects, self._accumulation, split_batches=self._settings.split_batches, seed=seed)
+        options = DataOptions(
+            split_batches=self._settings.split_batches, dispatch_batches=self._settings.dispatch_batches
+        )
+        prepared = prepare(objects, self._accumulation, seed=seed, options=options)
         self._arithmetic.add([item for item in prepared if isinstance(item, DataLoader)])
         if seed is not None and not self._seeded_apart and self._accumulation.models:
             self._seeded_apart = True
@@ -215,7 +220,7 @@ class Accelerator:
         cursor = sources.measuring(size, loader)
         if cursor is not None:
             sources.verify(cursor)
-            if not sources.is_open(cursor) and cursor.finished and _had_ghosts(cursor, self._world):
+            if not sources.is_open(cursor) and cursor.finished and cursor.had_ghosts:
                 raise DataError(
                     "gather_for_metrics was called after the loop over its loader had ended, where values of repeated "
                     "samples can no longer be told from others. Call it inside the loop, for each batch; "
@@ -417,10 +422,6 @@ class Accelerator:
     def end_training(self) -> None:
         """Let go of everything prepared and leave the process group. Every rank; done at exit otherwise."""
         self._finalizer()
-
-
-def _had_ghosts(cursor: Cursor, world: World) -> bool:
-    return cursor.cut is not None and cursor.cut.samples(cursor.cut.num_batches - 1) < world.size
 
 
 def _end(strategy: Strategy, world: World, accumulation: Accumulation) -> None:

@@ -57,7 +57,7 @@ class BatchArithmetic:
             return self._steps
         if cursor is None:
             return self.steps
-        batch = cursor.cut.global_batch if cursor.cut is not None else getattr(cursor.loader, "batch_size", None)
+        batch = cursor.global_batch
         if not batch or wanted % batch:
             self._refuse(wanted, [batch])
         assert batch

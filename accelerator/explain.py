@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from strategies import Strategy, World
 from strategies.accumulation import Accumulation
+from strategies.prepared.dataloader import DataLoaderLink
+from strategies.prepared.stream import Stream
+from strategies.sharding import Cut
 
 from .batch_arithmetic import BatchArithmetic
 from .config import Resolved
@@ -68,6 +70,12 @@ def explain(resolved: Resolved, name: str, accumulation: Accumulation, arithmeti
         ),
         *_arithmetic(resolved, arithmetic),
         Row("split_batches", str(settings.split_batches), str(settings.split_batches), origins["split_batches"]),
+        Row(
+            "dispatch_batches",
+            str(settings.dispatch_batches),
+            str(settings.dispatch_batches),
+            origins["dispatch_batches"],
+        ),
         Row("seed", str(settings.seed), _seed(settings.seed), origins["seed"]),
         Row("project_dir", str(settings.project_dir), str(settings.project_dir), origins["project_dir"]),
         *_options(resolved, strategy, name),
@@ -110,12 +118,19 @@ def _options(resolved: Resolved, strategy: Strategy, name: str) -> list[Row]:
     return rows
 
 
-def _loader(link: Any) -> str:
+def _loader(link: DataLoaderLink) -> str:
     dataset = type(link.original.dataset).__name__
-    if link.sampler is None:
-        return f"{dataset}: as given, read by one process"
-    cut = link.sampler.cut
-    order = f"shuffled with seed {link.sampler.seed}" if link.sampler.shuffle else "in order"
-    tail = cut.length % cut.global_batch
-    left = f", the last {'dropped' if cut.drop_last else 'one'} of {tail}" if tail else ""
-    return f"{dataset}: {cut.length} samples, {order}, {cut.num_batches} global batches of {cut.global_batch}{left}"
+    source = link.source
+    if isinstance(source, Stream):
+        return f"{dataset}: {source.describe()}"
+    cut, order = source.cut, source.order
+    words = {"shuffled": f"shuffled with seed {order.seed}", "sequential": "in order"}
+    how = words.get(order.kind, f"as {order.kind} draws it, with seed {order.seed}")
+    if not isinstance(cut, Cut):
+        return f"{dataset}: {order.length} batches, {how}, {len(source)} global batches"
+    if not cut.counts_samples:
+        return f"{dataset}: {order.length} items, {how}, one per process at a time"
+    whole = replace(cut, start=0)
+    tail = whole.length % whole.global_batch
+    left = f", the last {'dropped' if whole.drop_last else 'one'} of {tail}" if tail else ""
+    return f"{dataset}: {whole.length} samples, {how}, {whole.num_batches} global batches of {whole.global_batch}{left}"

@@ -1,19 +1,22 @@
 """How an epoch is cut: the order of its samples, its global batches, and each rank's slice of them.
 
-Everything here is a pure function of (length, batch, world, seed, epoch): no state, no communication.
+The order and the cut are pure functions of (length, batch, world, start, seed, epoch): no communication.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
 _ROUNDS = 6
-_BLOCK_SAMPLES = 1 << 14  # indices computed at once: long enough for NumPy, short enough to start at once
+_SORTED_SAMPLES = 1 << 14  # epochs up to this length are sorted by random keys
+_FIRST_BLOCK, _LAST_BLOCK = 1 << 9, 1 << 14  # indices computed at once: few to start with, then enough for NumPy
 
 
 def permute(positions: npt.NDArray[np.int64], length: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -29,7 +32,7 @@ def permute(positions: npt.NDArray[np.int64], length: int, seed: int, epoch: int
     """
     words = np.random.SeedSequence((seed & (2**64 - 1), epoch)).generate_state(_ROUNDS, np.uint64)
     keys = words.astype(np.uint64)
-    if length <= _BLOCK_SAMPLES:
+    if length <= _SORTED_SAMPLES:
         drawn = np.arange(length, dtype=np.uint64)
         for key in keys[:2]:
             drawn = _mix(drawn + key)
@@ -62,30 +65,72 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How one loader's epoch is cut into global batches, and a global batch into one slice per rank.
+class Plan(ABC):
+    """How the rest of one epoch is cut into global batches, and a global batch into one slice per rank.
 
-    Global batch k holds the positions [k * global_batch, (k + 1) * global_batch) of the epoch's order; the
-    last one may be shorter, or is left out with `drop_last`. A batch of m samples is cut into contiguous
-    slices, rank by rank, whose lengths differ by at most one: in a tail of fewer samples than ranks the
-    last ranks have none.
+    Batches are numbered from 0 at the place where the rest begins, the same on every rank.
+    """
+
+    start: int  # what the epoch has used before this rest, in samples, items or batches of a batch sampler
+    counts_samples: bool  # whether the numbers below are samples; else items, each a batch of unknown size
+
+    @property
+    @abstractmethod
+    def num_batches(self) -> int:
+        """Global batches in the rest of the epoch."""
+
+    @abstractmethod
+    def samples(self, batch: int) -> int:
+        """Samples in global batch number `batch`, over all ranks."""
+
+    @abstractmethod
+    def local_samples(self, batch: int, rank: int) -> int:
+        """Samples of global batch `batch` that belong to `rank`; 0 where it has nothing left."""
+
+    @abstractmethod
+    def window_samples(self, first: int, num_batches: int) -> int:
+        """Samples in the global batches [first, first + num_batches), as far as the epoch has them."""
+
+    @abstractmethod
+    def position_after(self, batch: int) -> int:
+        """Where the epoch stands once global batch `batch` was used: what a later rest begins at."""
+
+    @property
+    @abstractmethod
+    def has_ghosts(self) -> bool:
+        """Whether some rank has nothing in some global batch."""
+
+
+@dataclass(frozen=True)
+class Cut(Plan):
+    """The rest [start, length) of an epoch's order in global batches of one size.
+
+    Global batch k holds the positions from start + k * global_batch on; the last one may be shorter, or is
+    left out with `drop_last`. A batch of m samples is cut into contiguous slices, rank by rank, whose lengths
+    differ by at most one: in a tail of fewer samples than ranks the last ranks have none.
     """
 
     length: int
     global_batch: int
     world_size: int
     drop_last: bool
+    start: int = 0
+    counts_samples: bool = True
 
     @property
     def num_batches(self) -> int:
-        """Global batches in an epoch, the same on every rank."""
-        full, tail = divmod(self.length, self.global_batch)
+        """Global batches in the rest of the epoch, the same on every rank."""
+        full, tail = divmod(self.length - self.start, self.global_batch)
         return full + (tail > 0 and not self.drop_last)
+
+    @property
+    def num_full(self) -> int:
+        """Those of them that are not short."""
+        return (self.length - self.start) // self.global_batch
 
     def samples(self, batch: int) -> int:
         """Samples in global batch number `batch`, over all ranks."""
-        return min(self.global_batch, self.length - batch * self.global_batch)
+        return min(self.global_batch, self.length - self.start - batch * self.global_batch)
 
     def local_samples(self, batch: int, rank: int) -> int:
         """Samples of global batch `batch` that belong to `rank`; 0 where it has nothing left."""
@@ -94,51 +139,133 @@ class Cut:
 
     def window_samples(self, first: int, num_batches: int) -> int:
         """Samples in the global batches [first, first + num_batches), as far as the epoch has them."""
-        start = first * self.global_batch
+        begin = first * self.global_batch
         stop = min(first + num_batches, self.num_batches) * self.global_batch
-        return min(stop, self.length) - start
+        return min(stop, self.length - self.start) - begin
+
+    def position_after(self, batch: int) -> int:
+        """Samples of the epoch that are used once global batch `batch` is."""
+        return min(self.start + (batch + 1) * self.global_batch, self.length)
+
+    @property
+    def has_ghosts(self) -> bool:
+        """Whether the last global batch has fewer samples than ranks."""
+        return self.num_batches > 0 and self.samples(self.num_batches - 1) < self.world_size
 
     def bounds(self, batch: int, rank: int) -> tuple[int, int]:
         """Positions [start, stop) of the epoch's order that `rank` takes of global batch `batch`."""
         each, more = divmod(self.samples(batch), self.world_size)
-        start = batch * self.global_batch + rank * each + min(rank, more)
+        start = self.start + batch * self.global_batch + rank * each + min(rank, more)
         return start, start + each + (rank < more)
 
 
-class ShardedBatchSampler(Sampler[list[int]]):
-    """The batches of indices of one rank, for one epoch after another.
+class Order(ABC):
+    """The order of the samples, or of the batches, of one epoch after another."""
+
+    seed: int
+    length: int
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What the order is, in a word that a saved position keeps."""
+
+    @abstractmethod
+    def begin(self, epoch: int) -> None:
+        """Make ready to give indices of `epoch`. Called in the loop's own process before each pass."""
+
+    @abstractmethod
+    def indices(self, positions: npt.NDArray[np.int64], epoch: int) -> list[Any]:
+        """What is at `positions` of the epoch's order, in lists nested as `positions` is."""
+
+    @abstractmethod
+    def state(self, epoch: int) -> dict[str, Any]:
+        """What a position in `epoch` of this order needs besides seed and epoch."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+
+class ComputedOrder(Order):
+    """An order that is a function of (length, seed, epoch): shuffled, or that of the dataset. It is never stored."""
+
+    def __init__(self, length: int, seed: int, *, shuffle: bool) -> None:
+        self.length = length
+        self.seed = seed
+        self.shuffle = shuffle
+
+    @property
+    def kind(self) -> str:
+        """`"shuffled"` or `"sequential"`."""
+        return "shuffled" if self.shuffle else "sequential"
+
+    def begin(self, epoch: int) -> None:
+        """Nothing is kept from one epoch to the next."""
+
+    def indices(self, positions: npt.NDArray[np.int64], epoch: int) -> list[Any]:
+        """What is at `positions` of the epoch's order."""
+        found = permute(positions, self.length, self.seed, epoch) if self.shuffle else positions
+        listed: list[Any] = found.tolist()
+        return listed
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """Nothing: seed and epoch are enough."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing was kept."""
+
+
+class ShardedBatchSampler(Sampler[list[Any]]):
+    """The batches of indices of one rank, for the rest of one epoch after another.
 
     Where the rank has nothing left in the last global batch it yields a ghost: the first sample of that
     global batch again, to be computed with weight zero, so that every rank takes the same number of steps.
-    `epoch` is set by the loader that owns this sampler before each pass.
     """
 
-    def __init__(self, cut: Cut, rank: int, *, shuffle: bool, seed: int) -> None:
+    def __init__(self, cut: Cut, rank: int, order: Order) -> None:
         self.cut = cut
         self.rank = rank
-        self.shuffle = shuffle
-        self.seed = seed
+        self.order = order
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self.cut.num_batches
+        """Batches of a whole epoch, wherever the one at hand began."""
+        return replace(self.cut, start=0).num_batches
 
-    def __iter__(self) -> Iterator[list[int]]:
-        cut, epoch = self.cut, self.epoch
-        num_full = cut.length // cut.global_batch
-        start, stop = cut.bounds(0, self.rank) if num_full else (0, 0)
-        within = np.arange(start, stop, dtype=np.int64)  # (samples of this rank,) in a full batch
-        block = max(1, _BLOCK_SAMPLES // max(1, len(within)))
-        for first in range(0, num_full, block):
-            batches = np.arange(first, min(first + block, num_full), dtype=np.int64)
+    def begin(self, epoch: int, start: int) -> Cut:
+        """Set the epoch of the next pass and the position it begins at. Returns its plan."""
+        self.epoch = epoch
+        self.cut = replace(self.cut, start=start)
+        self.order.begin(epoch)
+        return self.cut
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return self._batches(self.cut, self.epoch)  # as they are now: a later pass may begin before this one is read
+
+    def _batches(self, cut: Cut, epoch: int) -> Iterator[list[Any]]:
+        num_full = cut.num_full
+        first_start, first_stop = cut.bounds(0, self.rank) if num_full else (0, 0)
+        within = np.arange(first_start, first_stop, dtype=np.int64)  # (samples of this rank,) in a full batch
+        first, block = 0, _LAST_BLOCK if cut.length <= _SORTED_SAMPLES else _FIRST_BLOCK
+        while first < num_full:
+            size = max(1, block // max(1, len(within)))
+            batches = np.arange(first, min(first + size, num_full), dtype=np.int64)
             positions = batches[:, None] * cut.global_batch + within  # (batches, samples of this rank)
-            yield from self._indices(positions, epoch).tolist()
+            yield from self.order.indices(positions, epoch)
+            first, block = first + size, min(4 * block, _LAST_BLOCK)
         if cut.num_batches > num_full:
             start, stop = cut.bounds(num_full, self.rank)
             if start == stop:
-                start = num_full * cut.global_batch
+                start = cut.start + num_full * cut.global_batch
                 stop = start + 1
-            yield self._indices(np.arange(start, stop, dtype=np.int64), epoch).tolist()
+            yield self.order.indices(np.arange(start, stop, dtype=np.int64), epoch)
 
-    def _indices(self, positions: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.int64]:
-        return permute(positions, self.cut.length, self.seed, epoch) if self.shuffle else positions
+
+class ShardedSampler(ShardedBatchSampler):
+    """The same for a loader without automatic batches: the index of one item at a time."""
+
+    def _batches(self, cut: Cut, epoch: int) -> Iterator[Any]:
+        for (index,) in super()._batches(cut, epoch):
+            yield index

@@ -11,16 +11,17 @@ from torch.utils.data import DataLoader
 from . import collectives
 from .errors import DataError, StepError
 from .process_group import leave_last_words, take_back_last_words
-from .sharding import Cut
+from .sharding import Cut, Plan
 from .world import World
 
 
 class Cursor:
     """The position of one pass over one prepared loader, moved by the loader as the loop takes batches.
 
-    `index` is the number of the global batch that the loop holds, -1 before the first. `cut` is `None`
-    for a loader whose sizes are not known in advance (one process only). `samples_seen` is then the size of
-    the batch that the loop holds; else that of this rank's part of a full one.
+    `index` is the number of the global batch that the loop holds, -1 before the first. `cut` is the plan of the
+    pass, `None` for a stream, whose end is not known. `samples_seen` is the size of the batch in hand where the
+    plan does not say it; else that of this rank's part of a full one. `sizes` are those of all ranks, for a
+    stream on several.
     """
 
     __slots__ = (
@@ -29,27 +30,48 @@ class Cursor:
         "cut",
         "epoch",
         "finished",
+        "global_batch",
         "grad_enabled",
+        "had_ghosts",
         "index",
         "is_last",
+        "is_open",
+        "is_planned",
         "last_trained",
+        "mean_samples",
         "num_trained",
         "rank",
         "samples_seen",
         "seed",
+        "sizes",
         "verified",
     )  # fmt: skip
 
-    def __init__(self, loader: DataLoader[Any], cut: Cut | None, world: World, *, epoch: int, seed: int) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        cut: Plan | None,
+        world: World,
+        *,
+        epoch: int,
+        seed: int,
+        global_batch: int | None = None,
+    ) -> None:
         self._loader = weakref.ref(loader)  # the loader holds its last cursor
         self.cut = cut
         self.rank = world.rank
         self.epoch = epoch
         self.seed = seed
+        self.global_batch = global_batch
+        self.is_planned = cut is not None and cut.counts_samples
         self.index = -1
         self.is_last = False
-        self._num_full = 0 if cut is None else cut.length // cut.global_batch
-        self.samples_seen = cut.local_samples(0, world.rank) if cut is not None else 0
+        self.is_open = False
+        self._num_full = cut.num_full if isinstance(cut, Cut) and self.is_planned else 0
+        self.samples_seen = cut.local_samples(0, world.rank) if cut is not None and self._num_full else 0
+        self.sizes: tuple[int, ...] | None = None
+        self.mean_samples = 0.0  # of a batch on one rank where the plan does not say it; the same on all ranks
+        self.had_ghosts = cut is not None and cut.has_ghosts
         self.grad_enabled = False
         self.num_trained = 0
         self.last_trained = -1
@@ -64,22 +86,32 @@ class Cursor:
     @property
     def samples(self) -> int:
         """Samples of this rank in the batch that the loop holds; 0 for a ghost."""
-        if self.index < self._num_full or self.cut is None:
+        if self.index < self._num_full or not self.is_planned:
             return self.samples_seen
+        assert self.cut is not None
         return self.cut.local_samples(self.index, self.rank)
 
     def size_on(self, rank: int) -> int:
-        """How many samples the batch in hand really has on `rank`: one where it is a ghost."""
-        return self.samples_seen if self.cut is None else max(1, self.cut.local_samples(self.index, rank))
+        """How many samples the batch in hand really has on `rank`: one where it is a ghost. -1 if nobody knows."""
+        if self.is_planned and self.cut is not None:
+            return max(1, self.cut.local_samples(self.index, rank))
+        if self.sizes is not None:
+            return self.sizes[rank] or -1
+        return self.samples_seen if self.verified and self.cut is None else -1
 
     @property
     def is_ghost(self) -> bool:
         """Whether this rank holds a repeated sample only to keep step with the others."""
-        return self.cut is not None and self.samples == 0
+        return self.samples == 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether this pass was an epoch, or a part of one, and not only a look at the data."""
+        return self.finished or self.num_trained > 0
 
     def agrees_with(self, other: Cursor) -> bool:
         """Whether both describe the same sizes from here to the end, so that either may weigh the window."""
-        return self.cut is not None and self.cut == other.cut and self.index == other.index
+        return self.is_planned and self.cut == other.cut and self.index == other.index
 
 
 class Sources:
@@ -188,15 +220,19 @@ class Sources:
         if cursor.verified:
             return
         cursor.verified = True
-        mine = (cursor.seed, cursor.epoch, cursor.index)
+        start = 0 if cursor.cut is None else cursor.cut.start
+        mine = (cursor.seed, cursor.epoch, cursor.index, start, cursor.samples)
         everyone = collectives.all_gather_integers(mine, self._world)
-        if any(theirs != everyone[0] for theirs in everyone):
+        cursor.mean_samples = sum(row[4] for row in everyone) / self._world.size
+        if any(theirs[:4] != everyone[0][:4] for theirs in everyone):
             places = "; ".join(
-                f"rank {rank}: epoch {epoch}, batch {index}" for rank, (_, epoch, index) in enumerate(everyone)
+                f"rank {rank}: epoch {epoch}, batch {index}" + (f" after position {start}" if start else "")
+                for rank, (_, epoch, index, start, _) in enumerate(everyone)
             )
             raise DataError(
                 f"ranks are at different places of the loader over {_describe(cursor)} ({places}). It was iterated to "
-                "its end, or trained on, by some ranks only: iterate it on every rank, or on a loader of its own."
+                "its end, or trained on, by some ranks only, or they loaded different positions: iterate it on every "
+                "rank, or on a loader of its own."
             )
 
     def _of(self, loader: DataLoader[Any]) -> Cursor:
@@ -211,5 +247,5 @@ class Sources:
 
 def _describe(cursor: Cursor) -> str:
     dataset = type(getattr(cursor.loader, "dataset", None)).__name__
-    size = f" of {cursor.cut.length} samples" if cursor.cut else ""
+    size = f" of {cursor.cut.length} samples" if isinstance(cursor.cut, Cut) else ""
     return f"{dataset}{size} (batch {cursor.index})"

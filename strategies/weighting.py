@@ -46,9 +46,9 @@ class Weighting:
         if cursor is None:  # no prepared loader: every micro-batch weighs the same
             self._deferred = False
             self._reference = float(self._num_parts)
-        elif cursor.cut is None:  # a stream: neither its sizes nor its end are known
-            self._deferred = steps > 1
-            self._reference = float(steps * cursor.samples)
+        elif not cursor.is_planned or cursor.cut is None:  # sizes are not known in advance; of a stream, nor the end
+            self._deferred = self._num_parts > 1
+            self._reference = steps * (cursor.mean_samples * self._world.size or float(cursor.samples))
         else:
             self._deferred = False
             self._reference = float(cursor.cut.window_samples(cursor.index, steps))

@@ -40,6 +40,7 @@ class Content:
             ],
             "schedulers",
         )
+        self.loaders = _numbered([(_name_of_loader(link.original), link) for link in accumulation.loaders])
         self.registered = _named([(type(item).__name__, item) for item in registered], "registered objects")
 
     def _trained(self, optimizer: Any) -> str:
@@ -50,7 +51,9 @@ class Content:
     def collect(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The state of everything, as JSON, and the tensors that it names. Not a copy."""
         tensors: dict[str, Tensor] = {}
+        positions = {name: link.state_dict() for name, link in self.loaders.items()}  # a collective for streams
         state = {
+            "loaders": {name: encode(position, f"loader/{name}", tensors) for name, position in positions.items()},
             "models": {name: self._of_model(name, link, tensors) for name, link in self.models.items()},
             "optimizers": {name: self._of_optimizer(name, link, tensors) for name, link in self.optimizers.items()},
             "schedulers": {
@@ -107,7 +110,7 @@ class Content:
     def check(self, state: Mapping[str, Any], index: Index) -> None:
         """Raise `StateError` with everything that does not fit, before anything is changed."""
         wrong: list[str] = []
-        for kind in ("models", "optimizers", "schedulers", "registered"):
+        for kind in ("models", "optimizers", "schedulers", "loaders", "registered"):
             wrong += _differing(kind, state[kind], getattr(self, kind))
         for name in self.models.keys() & state["models"].keys():
             wrong += self._check_model(name, index)
@@ -169,6 +172,8 @@ class Content:
         for name, link in self.schedulers.items():
             link.original.load_state_dict(decode(state["schedulers"][name]["state"], tensors))
             link.num_followed = state["schedulers"][name]["num_followed"]
+        for name, link in self.loaders.items():
+            link.load_state_dict(decode(state["loaders"][name], tensors))
         for name, item in self.registered.items():
             item.load_state_dict(decode(state["registered"][name], tensors))
         self._accumulation.load_state_dict(decode(state["step"], tensors), self.models)
@@ -205,6 +210,24 @@ def _named(pairs: Iterable[tuple[str, Any]], kind: str) -> dict[str, Any]:
             "classes different names: class Critic(Net): ..."
         )
     return dict(pairs)
+
+
+def _numbered(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Loaders over data of one class and length are told apart by the order in which they were prepared."""
+    seen: Counter[str] = Counter()
+    numbered = {}
+    for name, item in pairs:
+        seen[name] += 1
+        numbered[name if seen[name] == 1 else f"{name} ({seen[name]})"] = item
+    return numbered
+
+
+def _name_of_loader(loader: Any) -> str:
+    dataset = loader.dataset
+    try:
+        return f"{type(dataset).__name__} of {len(dataset)}"
+    except TypeError:  # a stream has no length
+        return type(dataset).__name__
 
 
 def _differing(kind: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -87,7 +87,7 @@ class Loop:
 
     def prepare(self, *objects: Any) -> list[Any]:
         """The prepared counterparts, in the order given."""
-        return prepare(objects, self.accumulation, split_batches=False, seed=0)
+        return prepare(objects, self.accumulation, seed=0)
 
     def model_and_optimizer(self, seed: int = 0) -> tuple[nn.Module, Optimizer]:
         """A prepared network and plain SGD for it, built before it was prepared, as in a user's script."""

@@ -1,6 +1,7 @@
 """What `prepare` hands out: views of the user's model, optimizer, scheduler and dataloader."""
 
+from .dataloader import DataOptions
 from .prepare import prepare
 from .view import View
 
-__all__ = ["View", "prepare"]
+__all__ = ["DataOptions", "View", "prepare"]

@@ -3,87 +3,172 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import DataLoader
 
 from .. import collectives
 from ..errors import DataError
-from ..sharding import Cut, ShardedBatchSampler
+from ..lockstep import Step
+from ..sharding import ComputedOrder
 from ..sources import Cursor
 from ..tree import num_samples
+from .position import Position, describe, describe_stream, read, read_stream
+from .sampling import PlannedSampler, length_now, sampler_for
+from .stream import Stream
 from .view import View, make_view
 
 if TYPE_CHECKING:
     from ..accumulation import Accumulation
 
 
-class DataLoaderLink:
-    """What a prepared dataloader knows: its cut of the data, and how many passes count as epochs.
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What a script asks of all its loaders.
 
-    An epoch counts once one of its batches was trained on, or once it ran to its end. Looking at a batch,
-    on one rank or on all, leaves the order of the next pass as it was.
+    `split_batches`: a loader's `batch_size` is that of all ranks together. `dispatch_batches`: rank 0 alone reads
+    iterable datasets, and sends the others their batches.
     """
 
-    def __init__(self, original: DataLoader[Any], accumulation: Accumulation, sampler: ShardedBatchSampler | None):
+    split_batches: bool = False
+    dispatch_batches: bool = False
+
+
+@dataclass(frozen=True)
+class Seed:
+    """The seed of a loader's order, and whether the script chose it."""
+
+    value: int
+    was_given: bool
+
+
+class DataLoaderLink:
+    """What a prepared dataloader knows: its cut of the data, and where in it the loop stands.
+
+    A pass counts once one of its batches was trained on, or once it ran to its end; the next one is then of the
+    next epoch. Looking at a batch, on one rank or on all, leaves the next pass as it was.
+    """
+
+    def __init__(
+        self,
+        original: DataLoader[Any],
+        accumulation: Accumulation,
+        source: PlannedSampler | Stream,
+        *,
+        seed: Seed,
+        global_batch_size: int | None,
+    ) -> None:
         self.original = original
         self.accumulation = accumulation
-        self.sampler = sampler
+        self.source = source
+        self.global_batch_size = global_batch_size
+        self._seed = seed
+        self._begin = Position()  # of the next pass, unless the last one counts
         self._last: Cursor | None = None
 
     @property
     def epoch(self) -> int:
-        """The epoch of the pass that was begun last."""
-        return self._last.epoch if self._last is not None else 0
+        """The epoch of the pass that was begun last; of the one to come before the first, and after a load."""
+        return self._last.epoch if self._last is not None else self._begin.epoch
 
-    @property
-    def global_batch_size(self) -> int | None:
-        """Samples of one full batch over all ranks."""
-        return self.sampler.cut.global_batch if self.sampler is not None else self.original.batch_size
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batches that the loop has taken. Collective for a stream on several ranks."""
+        source, last, position = self.source, self._last, self._next_begin()
+        # Left by `break` without training, where something is trained, it was a look.
+        taken = last is not None and (last.counts or last.is_open or not self.accumulation.models)
+        inside = last is not None and taken and not last.finished and last.index >= 0
+        if isinstance(source, Stream):
+            epoch = last.epoch if last is not None and inside else position.epoch
+            return describe_stream(epoch, source, None if inside else position.stream)
+        if last is not None and last.cut is not None and inside:
+            position = Position(last.epoch, last.cut.position_after(last.index))
+        return describe(position, source)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin the next pass at a position."""
+        if self._last is not None and self._last.is_open:
+            raise DataError("load_state_dict was called inside a loop over the loader. Call it before the loop.")
+        dataset = type(self.original.dataset).__name__
+        if isinstance(self.source, Stream):
+            self._begin = read_stream(state, self.source, dataset)
+        else:
+            self._begin = read(state, self.source, seed_was_given=self._seed.was_given, dataset=dataset)
+        self._last = None
 
     def iterate(self, view: DataLoader[Any], make_iterator: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """One pass over this rank's batches, keeping the loop's position for the weights of its windows."""
-        accumulation, sampler, last = self.accumulation, self.sampler, self._last
+        accumulation, source = self.accumulation, self.source
         sources, world = accumulation.sources, accumulation.world
-        epoch = 0 if last is None else last.epoch + (last.finished or last.num_trained > 0)
-        seed = sampler.seed if sampler is not None else 0
-        cursor = self._last = Cursor(view, sampler.cut if sampler is not None else None, world, epoch=epoch, seed=seed)
-        if sampler is not None:
-            sampler.epoch = epoch
-            length = len(self.original.dataset)  # type: ignore[arg-type]  # it had one when it was cut
-            if length != sampler.cut.length:
-                raise DataError(
-                    f"{type(self.original.dataset).__name__} had {sampler.cut.length} samples when its loader was "
-                    f"prepared and has {length} now. Prepare a new loader over it."
-                )
+        begin = self._begin = self._next_begin()
+        cut, seed = None, self._seed.value
+        if isinstance(source, Stream):
+            source.begin(begin.epoch, begin.stream, view)
+        else:
+            self._check_length(source)
+            cut, seed = source.begin(begin.epoch, begin.start), source.order.seed
+        cursor = self._last = Cursor(
+            view, cut, world, epoch=begin.epoch, seed=seed, global_batch=self.global_batch_size
+        )
         sources.open(cursor)
+        cursor.is_open = True
         try:
-            batches = accumulation.strategy.device_loader(make_iterator(), world)
-            if sampler is None:
-                yield from self._stream(batches, cursor)
+            if isinstance(source, Stream):
+                yield from self._stream(source, make_iterator, cursor, resumed=begin.stream.is_begun)
             else:
-                advance, final = sources.advance, sampler.cut.num_batches - 1
-                for index, batch in enumerate(batches):
-                    advance(cursor, index, index == final)
-                    yield batch
-                    self._run_untrained(cursor)
-                self._check_number(cursor, sampler.cut.num_batches)
+                with _undrawn(begin.start > 0):
+                    iterator = make_iterator()
+                batches = accumulation.strategy.device_loader(iterator, world)
+                if cursor.is_planned:  # the usual pass, without another generator around it
+                    assert cut is not None
+                    advance, final, mark_step = sources.advance, cut.num_batches - 1, accumulation.strategy.mark_step
+                    for index, batch in enumerate(batches):
+                        advance(cursor, index, index == final)
+                        yield batch
+                        if cursor.last_trained != index:
+                            mark_step(world)
+                else:
+                    yield from self._of_unknown_sizes(batches, cursor)
+            if cut is not None:
+                self._check_number(cursor, cut.num_batches)
             cursor.finished = True
         except Exception as error:
             sources.fail(error)
             raise
         finally:
+            cursor.is_open = False
             sources.close(cursor)
         self._check_trained(cursor)
+
+    def _next_begin(self) -> Position:
+        last = self._last
+        return Position(last.epoch + 1) if last is not None and last.counts else self._begin
+
+    def _of_unknown_sizes(self, batches: Iterator[Any], cursor: Cursor) -> Iterator[Any]:
+        """Batches of a planned number, whose sizes only they themselves know."""
+        assert cursor.cut is not None
+        advance, final = self.accumulation.sources.advance, cursor.cut.num_batches - 1
+        for index, batch in enumerate(batches):
+            mine = index > final or cursor.cut.local_samples(index, cursor.rank) > 0
+            cursor.samples_seen = (num_samples(batch) or 1) if mine else 0
+            advance(cursor, index, index == final)
+            yield batch
+            self._run_untrained(cursor)
+
+    def _check_length(self, sampler: PlannedSampler) -> None:
+        length = length_now(self.original, sampler)
+        if length != sampler.order.length:
+            named = (
+                type(self.original.dataset).__name__ if isinstance(sampler.order, ComputedOrder) else sampler.order.kind
+            )
+            raise DataError(
+                f"{named} had {sampler.order.length} samples when its loader was "
+                f"prepared and has {length} now. Prepare a new loader over it."
+            )
 
     def _check_number(self, cursor: Cursor, num_batches: int) -> None:
         if cursor.index + 1 != num_batches:
@@ -92,18 +177,23 @@ class DataLoaderLink:
                 "__iter__ of its own? It must yield one batch per element of batch_sampler."
             )
 
-    def _stream(self, batches: Iterator[Any], cursor: Cursor) -> Iterator[Any]:
-        """Read one batch ahead, because only the next one tells whether this is the last."""
-        advance = self.accumulation.sources.advance
-        nothing = object()
-        batch = next(batches, nothing)
-        while batch is not nothing:
-            following = next(batches, nothing)
-            cursor.samples_seen = num_samples(batch) or 1
-            advance(cursor, cursor.index + 1, following is nothing)
+    def _stream(
+        self, source: Stream, make_iterator: Callable[[], Iterator[Any]], cursor: Cursor, *, resumed: bool
+    ) -> Iterator[Any]:
+        accumulation = self.accumulation
+        waiting: deque[Step] = deque()  # the steps of batches that the device's loader has read ahead
+        with _undrawn(resumed):
+            steps = source.steps(make_iterator)
+        batches = accumulation.strategy.device_loader(source.stepped(steps, waiting), accumulation.world)
+        for batch in batches:
+            step = waiting.popleft()
+            cursor.sizes = step.sizes
+            cursor.samples_seen = step.sizes[cursor.rank]
+            cursor.had_ghosts |= 0 in step.sizes
+            source.take(step.taken)
+            accumulation.sources.advance(cursor, cursor.index + 1, step.is_last)
             yield batch
             self._run_untrained(cursor)
-            batch = following
 
     def _run_untrained(self, cursor: Cursor) -> None:
         """Run what was recorded for a batch that no window closes with."""
@@ -133,6 +223,16 @@ class PreparedDataLoader(View):
         # DataLoader follows in the view
         return self._link.iterate(self, super().__iter__)  # type: ignore[arg-type, misc]
 
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank. An estimate for an iterable dataset, from its own length."""
+        source, number = self._link.source, super().__len__()  # type: ignore[misc]  # DataLoader follows in the view
+        return source.share_of(number) if isinstance(source, Stream) else number
+
+    def _get_iterator(self) -> Any:
+        source = self._link.source
+        make = super()._get_iterator  # type: ignore[misc]  # DataLoader follows in the view
+        return source.make_iterator(self, make) if isinstance(source, Stream) else make()
+
     @property
     def epoch(self) -> int:
         """The epoch of the pass that was begun last; 0 before the first."""
@@ -143,50 +243,50 @@ class PreparedDataLoader(View):
         """Samples of one full batch over all ranks; `None` where it is not known."""
         return self._link.global_batch_size
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loop stands: what it took, not what workers read ahead. The same on every rank.
 
-def prepare_dataloader(loader: DataLoader[Any], accumulation: Accumulation, *, split_batches: bool, seed: int) -> Any:
+        Inside a loop the batch in hand counts as taken. A pass that was left without training on any of its batches
+        was only a look, where a model is prepared.
+        """
+        return self._link.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin the next pass where `state` was taken, on any number of ranks, with any batch size and workers.
+
+        Every rank calls it, with the same state. Raises `DataError` for a state of other data, another order or
+        another seed, changing nothing.
+        """
+        self._link.load_state_dict(state)
+
+
+def prepare_dataloader(loader: DataLoader[Any], accumulation: Accumulation, *, options: DataOptions, seed: Seed) -> Any:
     """`loader` cut into this rank's part, behind a view that is still an instance of its class.
 
-    Everything the user set (workers, collate function, pinning, ...) is carried over; only the batch sampler
-    is ours. Raises `DataError` for a loader that cannot be cut so that every sample is seen once.
+    Everything the user set (workers, collate function, pinning, ...) is carried over; only the sampler is ours.
+    Raises `DataError` for a loader that cannot be cut so that every sample is seen once.
     """
     world = accumulation.world
-    _refuse_sharded(loader)
-    sampler: ShardedBatchSampler | None = None
-    shuffle = _shuffles(loader)
-    if shuffle is None:
-        if world.size > 1:
-            raise DataError(
-                f"{_what(loader)} cannot be cut over {world.size} processes yet: only map-style datasets with the "
-                "samplers that DataLoader makes itself (shuffle=True or False, batch_size=n) can. One process works."
-            )
-    else:
-        assert loader.batch_size is not None
-        length = _length(loader)
-        global_batch = loader.batch_size if split_batches else loader.batch_size * world.size
-        cut = Cut(length=length, global_batch=global_batch, world_size=world.size, drop_last=loader.drop_last)
-        if split_batches and global_batch < world.size:
-            raise DataError(
-                f"batch_size is {global_batch} and split_batches=True, fewer than the {world.size} processes. "
-                "Give a batch_size of at least the number of processes."
-            )
-        if cut.num_batches == 0:
-            raise DataError(
-                f"the dataset has {length} samples, fewer than one global batch of {global_batch}, and drop_last=True "
-                "drops them all. Use a smaller batch_size or drop_last=False."
-            )
-        sampler = ShardedBatchSampler(cut, world.rank, shuffle=shuffle, seed=seed)
+    split_batches = options.split_batches
+    sampler = sampler_for(loader, world, split_batches=split_batches, seed=seed.value)
+    if sampler is None and split_batches and world.size > 1:
+        raise DataError(
+            f"{type(loader.dataset).__name__} is an iterable dataset and split_batches=True. Processes read their own "
+            "batches of it: use split_batches=False and a batch_size for each process."
+        )
+    source = sampler or Stream(loader, world, seed.value, dispatch=options.dispatch_batches)
     copied = object.__new__(type(loader))
     copied.__dict__.update(loader.__dict__)
     copied.__dict__["_iterator"] = None  # persistent workers belong to one loader
     if sampler is not None:
-        copied.__dict__["batch_sampler"] = sampler
-    link = DataLoaderLink(loader, accumulation, sampler)
+        copied.__dict__["sampler" if loader.batch_sampler is None else "batch_sampler"] = sampler
+    together = loader.batch_size if split_batches or loader.batch_size is None else loader.batch_size * world.size
+    link = DataLoaderLink(loader, accumulation, source, seed=seed, global_batch_size=together)
     accumulation.loaders.append(link)
     return make_view(copied, PreparedDataLoader, link)
 
 
-def loader_seed(loader: DataLoader[Any], seed: int | None, ordinal: int, accumulation: Accumulation) -> int:
+def loader_seed(loader: DataLoader[Any], seed: int | None, ordinal: int, accumulation: Accumulation) -> Seed:
     """The seed of a loader's order, the same on all ranks. Collective where there are several.
 
     Its own `generator` comes first, then the Accelerator's seed, then torch's: nothing is drawn from any of
@@ -197,54 +297,18 @@ def loader_seed(loader: DataLoader[Any], seed: int | None, ordinal: int, accumul
         chosen = generator.initial_seed()
     else:
         chosen = (torch.initial_seed() if seed is None else seed) + 0x9E3779B97F4A7C15 * ordinal
-    return collectives.all_gather_integers([chosen], accumulation.world)[0][0]
+    agreed = collectives.all_gather_integers([chosen], accumulation.world)[0][0]
+    return Seed(agreed, was_given=generator is not None or seed is not None)
 
 
-def _shuffles(loader: DataLoader[Any]) -> bool | None:
-    """Whether the loader shuffles; `None` for one whose order is not ours to compute."""
-    if isinstance(loader.dataset, IterableDataset) or type(loader.batch_sampler) is not BatchSampler:
-        return None
-    sampler = loader.sampler
-    if type(sampler) is SequentialSampler:
-        return False
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None:
-        return True
-    return None
-
-
-def _length(loader: DataLoader[Any]) -> int:
+@contextmanager
+def _undrawn(resumed: bool) -> Iterator[None]:
+    """Leave torch's generator alone where a pass goes on: making its iterator drew a number when it began."""
+    if not resumed:
+        yield
+        return
+    before = torch.get_rng_state()
     try:
-        length = len(loader.dataset)  # type: ignore[arg-type]  # the error below is for those without
-    except TypeError:
-        raise DataError(
-            f"{type(loader.dataset).__name__} has no __len__. Give it one, or make it an IterableDataset."
-        ) from None
-    if length == 0:
-        raise DataError(f"{type(loader.dataset).__name__} is empty: a loader of length zero trains nothing.")
-    return length
-
-
-def _refuse_sharded(loader: DataLoader[Any]) -> None:
-    for sampler in (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
-        if isinstance(sampler, DistributedSampler):
-            raise DataError(
-                f"the loader already has a {type(sampler).__name__}; cutting its part again would lose samples. Give a "
-                "plain loader (shuffle=True instead of the sampler): prepare() cuts it."
-            )
-    if not loader.in_order:
-        raise DataError(
-            "in_order=False lets workers hand batches over in any order, so that no batch's place in the epoch is "
-            "known. Use in_order=True."
-        )
-
-
-def _what(loader: DataLoader[Any]) -> str:
-    if isinstance(loader.dataset, IterableDataset):
-        return f"the iterable dataset {type(loader.dataset).__name__}"
-    if type(loader.batch_sampler) is not BatchSampler:
-        return (
-            "a loader without automatic batches"
-            if loader.batch_sampler is None
-            else type(loader.batch_sampler).__name__
-        )
-    return type(loader.sampler).__name__
+        yield
+    finally:
+        torch.set_rng_state(before)

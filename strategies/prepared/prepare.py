@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ..errors import PrepareError
-from .dataloader import loader_seed, prepare_dataloader
+from .dataloader import DataOptions, loader_seed, prepare_dataloader
 from .model import prepare_model
 from .optimizer import prepare_optimizer
 from .scheduler import prepare_scheduler
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from ..accumulation import Accumulation
 
 
-def prepare(objects: Sequence[Any], accumulation: Accumulation, *, split_batches: bool, seed: int | None) -> list[Any]:
+def prepare(
+    objects: Sequence[Any], accumulation: Accumulation, *, seed: int | None, options: DataOptions | None = None
+) -> list[Any]:
     """The prepared counterpart of each object, in the order given. Collective.
 
     Raises `PrepareError` before anything is changed if an object is unknown or was prepared before.
@@ -47,7 +49,7 @@ def prepare(objects: Sequence[Any], accumulation: Accumulation, *, split_batches
         for index in _indices(kinds, "loader"):
             own_seed = loader_seed(objects[index], seed, len(accumulation.loaders), accumulation)
             prepared[index] = prepare_dataloader(
-                objects[index], accumulation, split_batches=split_batches, seed=own_seed
+                objects[index], accumulation, options=options or DataOptions(), seed=own_seed
             )
     except BaseException:
         for items, earlier in zip(held, before, strict=True):

@@ -87,6 +87,7 @@ CHOICES: dict[str, list[Any]] = {
     "mixed_precision": ["no", "bf16", "fp16"],
     "gradient_accumulation_steps": [1, 2, 7],
     "split_batches": [True, False],
+    "dispatch_batches": [True, False],
     "seed": [0, 1, 2**40],
     "project_dir": ["runs", "other"],
 }

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from strategies.sharding import Cut, ShardedBatchSampler, permute
+from strategies.sharding import ComputedOrder, Cut, ShardedBatchSampler, permute
 
 
 def order(length: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
@@ -142,9 +142,9 @@ def test_ranks_together_take_the_epoch_in_its_order(
     length: int, per_rank: int, world_size: int, drop_last: bool, shuffle: bool, epoch: int
 ) -> None:
     cut = Cut(length=length, global_batch=per_rank * world_size, world_size=world_size, drop_last=drop_last)
-    samplers = [ShardedBatchSampler(cut, rank, shuffle=shuffle, seed=9) for rank in range(world_size)]
+    samplers = [ShardedBatchSampler(cut, rank, ComputedOrder(length, 9, shuffle=shuffle)) for rank in range(world_size)]
     for sampler in samplers:
-        sampler.epoch = epoch
+        sampler.begin(epoch, 0)
     taken = [list(sampler) for sampler in samplers]
     assert {len(batches) for batches in taken} == {len(sampler) for sampler in samplers} == {cut.num_batches}
     whole = order(length, 9, epoch).tolist() if shuffle else list(range(length))
@@ -160,6 +160,6 @@ def test_ranks_together_take_the_epoch_in_its_order(
 
 def test_blocks_of_indices_leave_no_seam() -> None:
     cut = Cut(length=70_001, global_batch=7, world_size=2, drop_last=False)
-    first, second = (list(ShardedBatchSampler(cut, rank, shuffle=True, seed=1)) for rank in range(2))
+    first, second = (list(ShardedBatchSampler(cut, rank, ComputedOrder(70_001, 1, shuffle=True))) for rank in range(2))
     parts = zip(first[:-1], second[:-1], strict=True)
     assert [index for pair in parts for part in pair for index in part] == order(70_001, seed=1)[: 7 * 10_000].tolist()

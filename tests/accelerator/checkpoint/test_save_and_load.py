@@ -146,3 +146,55 @@ def test_every_place_goes_on_from_every_other(ranks: RankPool, tmp_path: Path, w
         assert second["rate"] == pytest.approx(whole["rate"])
         for key, value in whole["weights"].items():
             torch.testing.assert_close(second["weights"][key], value, atol=1e-5, rtol=1e-4)
+
+
+class Numbers(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 26
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((5,), index / 26), index
+
+
+def run_epochs(strategy: Any, folder: str, stop_at: int | None) -> tuple[list[list[int]], dict[str, Any]]:
+    """Two epochs over shuffled data, saved at every step and stopped after one of them; the samples of each step."""
+    accelerator = Accelerator(strategy, gradient_accumulation_steps=2, project_dir=folder, seed=5, split_batches=True)
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.02, eps=1e-3)
+    loader = torch.utils.data.DataLoader(Numbers(), batch_size=4, shuffle=True)
+    model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    accelerator.resume()
+    steps: list[list[int]] = []
+    held: list[int] = []
+    while loader.state_dict()["epoch"] < 2:
+        for x, index in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(losses_of(model(x), torch.ones(len(x))).mean())
+                held += accelerator.gather_for_metrics(index).tolist()
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                steps.append(held)
+                held = []
+                accelerator.save_state(keep_last=2)
+                if len(steps) == stop_at:
+                    return steps, {}
+    return steps, accelerator.get_state_dict(model)
+
+
+def run_at(place: str, folder: str, stop_at: int | None) -> Any:
+    return run_epochs(PLACES[place][0], folder, stop_at)
+
+
+@pytest.mark.parametrize("places", [["cpu"] * 4, ["ddp 2"] * 4, ["cpu", "ddp 2", "fsdp 2", "cpu"]], ids=str)
+def test_every_sample_once_over_stops_and_places(ranks: RankPool, tmp_path: Path, places: list[str]) -> None:
+    whole, weights = ranks(run_at, "cpu", str(tmp_path / "whole"), None, nproc=1)[0]
+    assert len(whole) == 8
+    parts: list[list[int]] = []
+    for place, stop_at in zip(places, (1, 2, 3, None), strict=True):
+        steps, last = ranks(run_at, place, str(tmp_path / "parts"), stop_at, nproc=PLACES[place][1])[0]
+        parts += steps
+    assert parts == whole
+    assert sorted(index for step in parts[:4] for index in step) == list(range(26))
+    for key, value in weights.items():
+        torch.testing.assert_close(last[key], value, atol=1e-6, rtol=1e-5)

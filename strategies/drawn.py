@@ -1,0 +1,203 @@
+"""Samplers and batch samplers of the user's own, drawn alike on every rank and cut by position."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+from .errors import DataError
+from .randomness import derive, seeded
+from .sharding import Order, Plan
+
+
+class DrawnOrder(Order):
+    """What a sampler of the user's own yields, drawn whole at the start of each pass.
+
+    Its draws, from the global generators or from one that it keeps as an attribute, are a function of (seed,
+    epoch): ranks agree without communication, and the loop's generators are left as they were. A sampler with
+    `set_epoch` is told the epoch; one with `state_dict` and `load_state_dict` takes its state with the position.
+    """
+
+    def __init__(self, sampler: Any, length: int, seed: int, generator: Any = None) -> None:
+        self.sampler = sampler
+        self.length = length
+        self.seed = seed
+        self.drawn: Sequence[Any] | npt.NDArray[np.int64] = ()
+        self._generator = generator
+        self._epoch: int | None = None
+        self._digest = 0
+        self._state: dict[str, Any] = {}  # of the sampler, before it drew the epoch at hand
+        self._pending: dict[str, Any] | None = None  # what was restored and not begun
+
+    @property
+    def kind(self) -> str:
+        """The name of the sampler's class."""
+        return type(self.sampler).__name__
+
+    def begin(self, epoch: int) -> None:
+        """Draw `epoch`, unless it is the one drawn last. Raises `DataError` for another order than expected."""
+        if epoch == self._epoch:
+            return
+        sampler, pending = self.sampler, self._pending or {}
+        if "sampler" in pending:
+            sampler.load_state_dict(pending["sampler"])
+        self._state = _state_of(sampler)
+        with seeded(derive(self.seed, epoch), sampler, self._generator):
+            if callable(getattr(sampler, "set_epoch", None)):
+                sampler.set_epoch(epoch)
+            length = len(sampler)
+            drawn = list(itertools.islice(iter(sampler), length + 1))
+        if length != self.length or len(drawn) != length:
+            what = f"has length {length}" if length != self.length else f"gave {_how_many(len(drawn), length)}"
+            raise DataError(
+                f"{self.kind} {what}, and had length {self.length} when its loader was prepared. A sampler must give "
+                "as many as its __len__ says, the same in every epoch; prepare a new loader where that changes."
+            )
+        self.drawn, self._digest = _packed(drawn)
+        if pending.get("digest", self._digest) != self._digest:
+            raise DataError(
+                f"{self.kind} gave another order for epoch {epoch} than in the run whose position was loaded, so what "
+                "is left of the epoch cannot be known. Is it over the same data and weights? A sampler must draw from "
+                "the generators of Python, NumPy or torch, or have state_dict and load_state_dict."
+            )
+        self._epoch, self._pending = epoch, None
+
+    def indices(self, positions: npt.NDArray[np.int64], epoch: int) -> list[Any]:
+        """What is at `positions` of the epoch's order."""
+        drawn = self.drawn
+        if isinstance(drawn, np.ndarray):
+            listed: list[Any] = drawn[positions].tolist()
+            return listed
+        if positions.ndim > 1:
+            return [self.indices(row, epoch) for row in positions]
+        return [drawn[position] for position in positions]
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """The digest of `epoch` if it was drawn, and the sampler's own state before that."""
+        if self._pending is not None:
+            return self._pending
+        return {"digest": self._digest} | self._state if epoch == self._epoch else _state_of(self.sampler)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Draw the epoch to come as it was drawn when `state` was taken."""
+        self._epoch = None
+        self._pending = {name: state[name] for name in ("digest", "sampler") if name in state}
+
+
+@dataclass(frozen=True)
+class ListedCut(Plan):
+    """The rest of an epoch whose batches a batch sampler made, each of its own size.
+
+    Each rank takes a whole one in turn; with `split`, each is that of all ranks together, and is cut.
+    """
+
+    sizes: tuple[int, ...]  # of the batches that are left
+    world_size: int
+    split: bool
+    start: int  # batches of the epoch before them
+    counts_samples: bool = True
+
+    @property
+    def _together(self) -> int:
+        return 1 if self.split else self.world_size
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches in the rest of the epoch, the same on every rank."""
+        return -(-len(self.sizes) // self._together)
+
+    def samples(self, batch: int) -> int:
+        """Samples in global batch number `batch`, over all ranks."""
+        return self.window_samples(batch, 1)
+
+    def local_samples(self, batch: int, rank: int) -> int:
+        """Samples of global batch `batch` that belong to `rank`; 0 where it has nothing left."""
+        if self.split:
+            each, more = divmod(self.sizes[batch], self.world_size)
+            return each + (rank < more)
+        place = batch * self.world_size + rank
+        return self.sizes[place] if place < len(self.sizes) else 0
+
+    def window_samples(self, first: int, num_batches: int) -> int:
+        """Samples in the global batches [first, first + num_batches), as far as the epoch has them."""
+        return sum(self.sizes[first * self._together : (first + num_batches) * self._together])
+
+    def position_after(self, batch: int) -> int:
+        """Batches of the epoch that are used once global batch `batch` is."""
+        return self.start + min((batch + 1) * self._together, len(self.sizes))
+
+    @property
+    def has_ghosts(self) -> bool:
+        """Whether some rank has nothing in some global batch."""
+        if self.split:
+            return any(size < self.world_size for size in self.sizes)
+        return len(self.sizes) % self.world_size > 0
+
+
+class ListedBatchSampler(Sampler[list[Any]]):
+    """One rank's batches of a batch sampler of the user's own, for the rest of one epoch after another.
+
+    A rank with nothing in a global batch gets a ghost: the first sample of it again, to weigh nothing.
+    """
+
+    def __init__(self, order: DrawnOrder, rank: int, world_size: int, *, split: bool) -> None:
+        self.order = order
+        self.rank = rank
+        self.epoch = 0
+        self.cut = ListedCut(sizes=(), world_size=world_size, split=split, start=0)
+        self._batches: list[list[Any]] = []
+
+    def __len__(self) -> int:
+        """Global batches of a whole epoch, wherever the one at hand began."""
+        return -(-self.order.length // (1 if self.cut.split else self.cut.world_size))
+
+    def begin(self, epoch: int, start: int) -> ListedCut:
+        """Draw the batches of the next pass. Returns its plan."""
+        self.order.begin(epoch)
+        self.epoch = epoch
+        self._batches = [list(batch) for batch in self.order.drawn[start:]]
+        sizes = tuple(map(len, self._batches))
+        if 0 in sizes:
+            raise DataError(
+                f"{self.order.kind} gave an empty batch, number {start + sizes.index(0)} of epoch {epoch}. "
+                "Leave empty batches out."
+            )
+        self.cut = ListedCut(sizes, self.cut.world_size, self.cut.split, start)
+        return self.cut
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        cut, batches, rank = self.cut, self._batches, self.rank
+        if not cut.split:
+            for first in range(0, len(batches), cut.world_size):
+                yield batches[first + rank] if first + rank < len(batches) else batches[first][:1]
+            return
+        for batch in batches:
+            each, more = divmod(len(batch), cut.world_size)
+            begin = rank * each + min(rank, more)
+            yield batch[begin : begin + each + (rank < more)] or batch[:1]
+
+
+def _state_of(sampler: Any) -> dict[str, Any]:
+    if callable(getattr(sampler, "state_dict", None)) and callable(getattr(sampler, "load_state_dict", None)):
+        return {"sampler": copy.deepcopy(sampler.state_dict())}
+    return {}
+
+
+def _packed(drawn: list[Any]) -> tuple[Sequence[Any] | npt.NDArray[np.int64], int]:
+    """Indices as an array where they are integers, and a digest of them."""
+    if all(isinstance(index, int | np.integer) and not isinstance(index, bool) for index in drawn):
+        array = np.array(drawn, dtype=np.int64)
+        return array, zlib.crc32(array.tobytes())
+    return drawn, zlib.crc32(repr(drawn).encode())
+
+
+def _how_many(number: int, length: int) -> str:
+    return f"more than {length}" if number > length else f"{number}"

@@ -1,0 +1,99 @@
+"""Where a loop stands in its data: a few numbers, the same on every rank, that a checkpoint keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import DataError
+from .sampling import PlannedSampler
+from .stream import Stream, StreamPosition
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Position:
+    """The next pass is in `epoch` and begins after `start` of its samples (items, batches of a batch sampler)."""
+
+    epoch: int = 0
+    start: int = 0
+    stream: StreamPosition = field(default_factory=StreamPosition)
+
+
+def describe(position: Position, sampler: PlannedSampler) -> dict[str, Any]:
+    """A position as a dictionary that JSON can hold, if the state of the user's own sampler can."""
+    order = sampler.order
+    return {
+        "version": VERSION,
+        "order": order.kind,
+        "length": order.length,
+        "seed": order.seed,
+        "epoch": position.epoch,
+        "position": position.start,
+    } | order.state(position.epoch)
+
+
+def read(state: Mapping[str, Any], sampler: PlannedSampler, *, seed_was_given: bool, dataset: str) -> Position:
+    """The position in `state`. Raises `DataError`, changing nothing, where it does not fit the loader."""
+    check_version(state)
+    order = sampler.order
+    kind, length, seed = state.get("order"), state.get("length"), state.get("seed")
+    if kind != order.kind:
+        raise DataError(
+            f"the position to load was saved with the order {kind!r}, and the loader over {dataset} has "
+            f"{order.kind!r}. Load it into a loader with the same shuffle=, sampler and batch_sampler."
+        )
+    if length != order.length:
+        raise DataError(
+            f"the position to load was saved when {dataset} gave {length} samples or batches, and it gives "
+            f"{order.length} now. What is left of that epoch is not known for other data: use the same, or start "
+            "an epoch without the position."
+        )
+    if seed != order.seed and seed_was_given and order.kind != "sequential":
+        raise DataError(
+            f"the position to load was saved with seed {seed}, and the loader has {order.seed}, another order. Use "
+            "the same Accelerator(seed=...) or generator, and prepare the loaders in the same order."
+        )
+    position = Position(_count(state, "epoch"), _count(state, "position"))
+    if position.start > order.length:
+        raise DataError(f"the position to load is {position.start}, after the end of an epoch of {order.length}.")
+    order.seed = int(state["seed"])
+    order.restore(dict(state))
+    return position
+
+
+def describe_stream(epoch: int, stream: Stream, place: StreamPosition | None) -> dict[str, Any]:
+    """A place in a stream, that of the loop with `None`. Collective on several ranks."""
+    return {"version": VERSION, "order": "stream", "epoch": epoch} | stream.state(place)
+
+
+def read_stream(state: Mapping[str, Any], stream: Stream, dataset: str) -> Position:
+    """The position in `state`. Raises `DataError`, changing nothing, where it does not fit the loader."""
+    check_version(state)
+    if state.get("order") != "stream":
+        raise DataError(
+            f"the position to load was saved with the order {state.get('order')!r}, and {dataset} is an iterable "
+            "dataset. Load it into a loader over the dataset it was saved with."
+        )
+    return Position(_count(state, "epoch"), stream=stream.read(state))
+
+
+def check_version(state: Mapping[str, Any]) -> None:
+    """Raise `DataError` for what is no position of a prepared loader, or one of a later release."""
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if not isinstance(version, int):
+        raise DataError(
+            f"load_state_dict got {type(state).__name__} {state!r:.80}; expected what state_dict() of a prepared "
+            "loader returned"
+        )
+    if version > VERSION:
+        raise DataError(f"the position to load has version {version}; this release reads up to {VERSION}. Update it.")
+
+
+def _count(state: Mapping[str, Any], name: str) -> int:
+    value = state.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise DataError(f"{name} in the position to load is {value!r}; expected an integer >= 0")
+    return value

@@ -1,0 +1,130 @@
+"""Which sampler stands in for the user's in a prepared dataloader, and which loaders cannot have one."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+from ..drawn import DrawnOrder, ListedBatchSampler
+from ..errors import DataError
+from ..sharding import ComputedOrder, Cut, Order, ShardedBatchSampler, ShardedSampler
+from ..world import World
+
+PlannedSampler: TypeAlias = ShardedBatchSampler | ListedBatchSampler
+
+
+def sampler_for(loader: DataLoader[Any], world: World, *, split_batches: bool, seed: int) -> PlannedSampler | None:
+    """This rank's sampler of `loader`'s order; `None` for a stream. Raises `DataError` for what cannot be cut."""
+    _refuse_sharded(loader)
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    own = loader.batch_sampler
+    if own is not None and type(own) is not BatchSampler:
+        length = _length_of(own, world, "batch_sampler")
+        if length is None:
+            return None
+        return ListedBatchSampler(
+            DrawnOrder(own, length, seed, loader.generator), world.rank, world.size, split=split_batches
+        )
+    order = _order(loader, world, seed)
+    if order is None:
+        return None
+    if own is None:
+        cut = Cut(order.length, world.size, world.size, drop_last=False, counts_samples=False)
+        return ShardedSampler(cut, world.rank, order)
+    assert loader.batch_size is not None
+    global_batch = loader.batch_size if split_batches else loader.batch_size * world.size
+    cut = Cut(length=order.length, global_batch=global_batch, world_size=world.size, drop_last=loader.drop_last)
+    if split_batches and global_batch < world.size:
+        raise DataError(
+            f"batch_size is {global_batch} and split_batches=True, fewer than the {world.size} processes. "
+            "Give a batch_size of at least the number of processes."
+        )
+    if cut.num_batches == 0:
+        raise DataError(
+            f"the dataset has {order.length} samples, fewer than one global batch of {global_batch}, and "
+            "drop_last=True drops them all. Use a smaller batch_size or drop_last=False."
+        )
+    return ShardedBatchSampler(cut, world.rank, order)
+
+
+def length_now(loader: DataLoader[Any], sampler: PlannedSampler) -> int:
+    """How many samples the order of `loader` would have if it were prepared now."""
+    own = sampler.order.sampler if isinstance(sampler.order, DrawnOrder) else loader.dataset
+    return len(own)  # type: ignore[arg-type]  # it had a length when it was prepared
+
+
+def _order(loader: DataLoader[Any], world: World, seed: int) -> Order | None:
+    sampler = loader.sampler
+    if type(sampler) is SequentialSampler:
+        return ComputedOrder(_length(loader), seed, shuffle=False)
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None:
+        return ComputedOrder(_length(loader), seed, shuffle=True)
+    if isinstance(sampler, WeightedRandomSampler):
+        _check_weights(sampler)
+    length = _length_of(sampler, world, "sampler")
+    return None if length is None else DrawnOrder(sampler, length, seed, loader.generator)
+
+
+def _check_weights(sampler: WeightedRandomSampler) -> None:
+    weights = torch.as_tensor(sampler.weights, dtype=torch.double)
+    wrong = torch.nonzero(~torch.isfinite(weights) | (weights < 0)).flatten().tolist()
+    if wrong or not weights.any():
+        which = f"weight {wrong[0]} is {weights[wrong[0]].item()}" if wrong else "all weights are 0"
+        raise DataError(
+            f"WeightedRandomSampler: {which}"
+            + (f", and {len(wrong) - 1} others are wrong too" if len(wrong) > 1 else "")
+            + ". Weights must be finite and >= 0, and some above 0."
+        )
+
+
+def _length_of(sampler: Any, world: World, name: str) -> int | None:
+    """The length of a sampler of the user's own; `None` if it has none, which one process can do without."""
+    try:
+        length = len(sampler)
+    except TypeError:
+        if world.size == 1:
+            return None
+        raise DataError(
+            f"{name}={type(sampler).__name__} has no __len__, so that it cannot be cut over {world.size} processes: "
+            "they would not know when to stop. Give it one, or make the dataset an IterableDataset."
+        ) from None
+    if length == 0:
+        raise DataError(f"{name}={type(sampler).__name__} has length zero: a loader without samples trains nothing.")
+    return length
+
+
+def _length(loader: DataLoader[Any]) -> int:
+    try:
+        length = len(loader.dataset)  # type: ignore[arg-type]  # the error below is for those without
+    except TypeError:
+        raise DataError(
+            f"{type(loader.dataset).__name__} has no __len__. Give it one, or make it an IterableDataset."
+        ) from None
+    if length == 0:
+        raise DataError(f"{type(loader.dataset).__name__} is empty: a loader of length zero trains nothing.")
+    return length
+
+
+def _refuse_sharded(loader: DataLoader[Any]) -> None:
+    for sampler in (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
+        if isinstance(sampler, DistributedSampler):
+            raise DataError(
+                f"the loader already has a {type(sampler).__name__}; cutting its part again would lose samples. Give a "
+                "plain loader (shuffle=True instead of the sampler): prepare() cuts it."
+            )
+    if not loader.in_order:
+        raise DataError(
+            "in_order=False lets workers hand batches over in any order, so that no batch's place in the epoch is "
+            "known. Use in_order=True."
+        )
