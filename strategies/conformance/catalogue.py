@@ -9,6 +9,7 @@ from types import MappingProxyType
 from ..base import Strategy
 from ..errors import ConfigurationError
 from .rule import Rule
+from .rules.beginnings import exceptions_leave_nothing, init_context_keeps_numbers
 from .rules.exchange import communication_at_close, no_communication_in_open_window
 from .rules.gradients import (
     clip_norm,
@@ -38,6 +39,8 @@ _IN_ORDER = (
     clip_norm,
     two_models,
     replicas_agree,
+    init_context_keeps_numbers,
+    exceptions_leave_nothing,
     no_communication_in_open_window,
     communication_at_close,
     autocast_dtype,

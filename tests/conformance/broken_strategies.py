@@ -352,31 +352,6 @@ class HidesOverflow(ByHand):
         super().reduce_gradients(wrapped, world)
 
 
-# --- data -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DropsTheLastBatch(CPU):
-    """Reads one batch ahead, and forgets the one it holds at the end."""
-
-    def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
-        held = next(batches, None)
-        for batch in batches:
-            yield held
-            held = batch
-
-
-@dataclass(frozen=True)
-class SwallowsExceptions(CPU):
-    """A failing dataset ends the epoch early."""
-
-    def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
-        try:
-            yield from batches
-        except Exception:
-            return
-
-
 @dataclass(frozen=True)
 class ForgetsMarkStep(Strategy):
     """Nine of the ten methods."""

@@ -10,6 +10,7 @@ import unittest
 from pathlib import Path
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 from rank_pool import RankPool
 from rank_worker import load_test_module
@@ -23,8 +24,10 @@ GUIDE = ROOT / "docs" / "guides" / "write_a_strategy.md"
 EXAMPLE = ROOT / "examples" / "custom_strategy.py"
 ACROSS = [name for name, rule in RULES.items() if rule.min_processes > 1]
 
-load_test_module("broken_strategies", str(HERE / "broken_strategies.py"))
-import broken_strategies as broken  # noqa: E402  # found by the line above
+for name in ("broken_strategies", "broken_beginnings"):
+    load_test_module(name, str(HERE / f"{name}.py"))
+import broken_beginnings as beginnings  # noqa: E402  # found by the lines above
+import broken_strategies as broken  # noqa: E402
 
 
 def hold(rule: str, strategy: Strategy) -> str | None:
@@ -49,7 +52,17 @@ def test_a_right_strategy_keeps_the_rule(ranks: RankPool, strategy: Strategy, np
         with pytest.raises(RuleNotRun, match="needs 2 processes, and there is 1"):
             ranks(hold, rule, strategy, nproc=nproc)
     else:
-        assert ranks(hold, rule, strategy, nproc=nproc) == [None] * nproc
+        notes = ranks(hold, rule, strategy, nproc=nproc)
+        if (
+            rule == "exceptions_leave_nothing"
+            and isinstance(strategy, FSDP)
+            and not hasattr(FSDPModule, "reset_iter_state")
+        ):
+            assert all(
+                "refused: after an exception inside accumulate(), fully_shard of torch" in note for note in notes
+            )
+        else:
+            assert notes == [None] * nproc
 
 
 @pytest.mark.parametrize(
@@ -81,8 +94,8 @@ BROKEN = [
     ("live_parameters", broken.ReplacesParametersLate, 1, "it is stale"),
     ("step_changes_weights", broken.RestoresMasterWeights, 1, "changed once more in the forward"),
     ("step_changes_weights", broken.ReplacesParametersSilently, 1, "did not change in an optimizer step"),
-    ("device_loader_keeps_batches", broken.DropsTheLastBatch, 1, "3 batches of 4"),
-    ("device_loader_keeps_batches", broken.SwallowsExceptions, 1, "without an exception"),
+    ("device_loader_keeps_batches", beginnings.DropsTheLastBatch, 1, "3 batches of 4"),
+    ("device_loader_keeps_batches", beginnings.SwallowsExceptions, 1, "without an exception"),
     ("device_loader_keeps_batches", broken.NarrowsIntegers, 1, "changed"),
     ("gradient_full_window", broken.SumsGradients, 2, "is 2 times that.*divide the sum by world.size"),
     ("gradient_full_window", broken.ScalesGradients, 1, r"is 0\.3333 times that"),
@@ -94,6 +107,14 @@ BROKEN = [
     ("clip_norm", broken.ReducesInTheOptimizer, 2, "clipping returned the norm"),
     ("two_models", broken.KnowsOneModel, 2, "for the generator of a GAN"),
     ("replicas_agree", broken.NeverBroadcasts, 2, "initialised differently"),
+    (
+        "init_context_keeps_numbers",
+        beginnings.DrawsAgain,
+        1,
+        "inner.weight, inner.bias, outer.weight, outer.bias have other",
+    ),
+    ("init_context_keeps_numbers", broken.NeverBroadcasts, 2, "have other numbers than in plain PyTorch"),
+    ("exceptions_leave_nothing", beginnings.KeepsGradients, 1, "in the window after two that ended in an exception"),
     ("no_communication_in_open_window", broken.NeverDefers, 2, "1 of them reductions"),
     ("communication_at_close", broken.NeverSyncsAgain, 2, "without any collective"),
     ("communication_at_close", broken.AveragesTwice, 2, "fewer than twice"),

@@ -89,6 +89,7 @@ def test_rules_hold_on_a_mesh_of_two_dimensions(ranks: RankPool) -> None:
 
 def test_every_rule_holds_in_a_world_of_one(ranks: RankPool) -> None:
     rules = [name for name, rule in RULES.items() if rule.min_processes == 1]
+    rules.remove("exceptions_leave_nothing")  # refused before torch 2.13; see tests/conformance
     assert ranks(hold, rules, FSDP(), nproc=1) == [[None] * len(rules)]
 
 
