@@ -25,7 +25,10 @@ def test_arguments_of_the_script_are_never_touched(arguments: list[str]) -> None
     assert parse(["--nnodes", "1", "train.py", *arguments]).arguments == tuple(arguments)
 
 
-@given(st.dictionaries(st.sampled_from(sorted(set(flag_names()) - {"--split-batches"})), st.text()), st.booleans())
+@given(
+    st.dictionaries(st.sampled_from(sorted(set(flag_names()) - {"--split-batches", "--dispatch-batches"})), st.text()),
+    st.booleans(),
+)
 def test_every_flag_takes_its_value_from_the_next_word_or_after_an_equals_sign(
     flags: dict[str, str], joined: bool
 ) -> None:
