@@ -111,8 +111,9 @@ def _reader(folder: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warning that it saves in one process, where that is what is meant."""
+    """Without torch's warnings that it saves in one process, which is what is meant, and of its own deprecations."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch 2.9
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
 
