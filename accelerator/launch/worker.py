@@ -109,8 +109,16 @@ def run_script(path: str) -> None:
     exec(code, main_module.__dict__)
 
 
+def write_whole_lines() -> None:
+    """Have `print` write a line and its end at once: unbuffered, lines of several processes run into each other."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
+
+
 def main() -> None:
     """Become the script: its `sys.argv`, its `sys.path`, its `__main__`."""
+    write_whole_lines()
     how, target = sys.argv[1:3]
     del sys.argv[:2]
     folder = os.getcwd() if how == "module" else os.path.dirname(os.path.realpath(target))

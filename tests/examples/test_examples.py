@@ -22,8 +22,7 @@ def run(script: Path, *arguments: str, nproc: int = 1, strategy: str = "auto") -
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     finished = subprocess.run(
         [sys.executable, *launch, str(script), *arguments],
-        # Unbuffered, `print` writes a line and its end apart, and the lines of two processes run into each other.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=100,

@@ -242,6 +242,18 @@ def test_output_is_live(launch: Launcher) -> None:
     assert launch.finish(process).returncode == 0
 
 
+def test_lines_of_two_processes_do_not_run_into_each_other(launch: Launcher) -> None:
+    script = launch.script("""
+        import os
+        for line in range(3000):
+            print("rank", os.environ["RANK"], "line", line)
+    """)
+    done = launch("--nproc-per-node", "2", script)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6000
+    assert sorted(lines) == sorted(f"rank {rank} line {line}" for rank in range(2) for line in range(3000))
+
+
 def test_a_restart_after_a_kill_runs_to_the_end(launch: Launcher) -> None:
     launch.script(
         ALL_REDUCE
