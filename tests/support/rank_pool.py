@@ -83,10 +83,11 @@ def agent_store() -> dist.TCPStore:
 
 @dataclass(frozen=True)
 class Worker:
-    """One living rank: its process and our end of the pipe."""
+    """One living rank: its process and our ends of the pipe and of its lifeline."""
 
     process: ForkServerProcess
     pipe: connection.Connection
+    lifeline: connection.Connection
     output: Path
 
     @property
@@ -102,6 +103,7 @@ class Worker:
         self.process.kill()
         self.process.join(10)
         self.pipe.close()
+        self.lifeline.close()
 
     def stacks(self) -> str:
         """What the process has printed since its call began, and the Python stacks of all its threads."""
@@ -175,6 +177,7 @@ class RankPool:
         """End all workers. May be called twice."""
         for worker in self._workers.values():
             worker.pipe.close()
+            worker.lifeline.close()
         for worker in self._workers.values():
             worker.process.join(2)
             worker.kill()
@@ -186,11 +189,13 @@ class RankPool:
             self._replace([rank])
         if rank not in self._workers:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=serve, args=(theirs,), name=f"rank{rank}")
+            their_lifeline, lifeline = self._context.Pipe(duplex=False)
+            process = self._context.Process(target=serve, args=(theirs, their_lifeline), name=f"rank{rank}")
             with _environment(without_launch_variables(os.environ)):
                 process.start()
             theirs.close()
-            self._workers[rank] = Worker(process, ours, self._folder / f"rank{rank}.txt")
+            their_lifeline.close()
+            self._workers[rank] = Worker(process, ours, lifeline, self._folder / f"rank{rank}.txt")
             if not ours.poll(120):
                 raise WorkerHung(f"the process of rank {rank} did not start within 120 s")
             ours.recv_bytes()

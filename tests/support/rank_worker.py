@@ -62,8 +62,8 @@ class Outcome:
     reusable: bool = True
 
 
-def serve(pipe: connection.Connection) -> None:
-    """Run calls until the other end of the pipe closes."""
+def serve(pipe: connection.Connection, lifeline: connection.Connection) -> None:
+    """Run calls until the other end of the pipe closes. Nothing is ever sent through the lifeline."""
     os.setsid()  # Ctrl-C is the parent's to handle, and a kill reaches the children of a worker as well
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True, chain=False)
@@ -73,21 +73,24 @@ def serve(pipe: connection.Connection) -> None:
         pipe.send_bytes(b"ready")
         while True:
             call = pickle.loads(pipe.recv_bytes())
-            with _ended_with_the_parent(pipe):
+            with _ended_with_the_parent(lifeline):
                 outcome = _perform(call)
             pipe.send_bytes(pickle.dumps(outcome))
 
 
 @contextlib.contextmanager
-def _ended_with_the_parent(pipe: connection.Connection) -> Iterator[None]:
-    """Have SIGIO end this process, whatever it hangs in, when the other end of the pipe closes."""
-    flags = fcntl.fcntl(pipe.fileno(), fcntl.F_GETFL)
-    fcntl.fcntl(pipe.fileno(), fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(pipe.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
+def _ended_with_the_parent(lifeline: connection.Connection) -> Iterator[None]:
+    """Have SIGIO end this process, whatever it hangs in, when the other end of the lifeline closes.
+
+    It is a pipe of its own: of one that carries calls, the kernel may signal the arrival of the last one late.
+    """
+    flags = fcntl.fcntl(lifeline.fileno(), fcntl.F_GETFL)
+    fcntl.fcntl(lifeline.fileno(), fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
     try:
         yield
     finally:
-        fcntl.fcntl(pipe.fileno(), fcntl.F_SETFL, flags)
+        fcntl.fcntl(lifeline.fileno(), fcntl.F_SETFL, flags)
 
 
 def _perform(call: Call) -> Outcome:
