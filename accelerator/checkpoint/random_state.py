@@ -19,7 +19,9 @@ def read(world: World) -> dict[str, Any]:
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state().numpy(),
     }
-    if world.device.type != "cpu":
+    if world.device.type == "xla":
+        state["device"] = _of_torch_xla().get_rng_state()
+    elif world.device.type != "cpu":
         state["device"] = torch.get_device_module(world.device).get_rng_state(world.device).numpy()
     return state
 
@@ -36,7 +38,9 @@ def restore(states: Sequence[Mapping[str, Any]], world: World) -> bool:
         random.setstate(mine["python"])
         np.random.set_state(mine["numpy"])
         torch.set_rng_state(torch.from_numpy(np.array(mine["torch"])))
-        if world.device.type != "cpu" and "device" in mine:
+        if isinstance(mine.get("device"), int) and world.device.type == "xla":
+            _of_torch_xla().set_rng_state(mine["device"])
+        elif isinstance(mine.get("device"), np.ndarray) and world.device.type not in ("cpu", "xla"):
             module = torch.get_device_module(world.device)
             module.set_rng_state(torch.from_numpy(np.array(mine["device"])), world.device)
         return True
@@ -47,3 +51,9 @@ def restore(states: Sequence[Mapping[str, Any]], world: World) -> bool:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return False
+
+
+def _of_torch_xla() -> Any:
+    import torch_xla.core.xla_model
+
+    return torch_xla.core.xla_model

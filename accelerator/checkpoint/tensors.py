@@ -56,9 +56,15 @@ def write(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
     folder.mkdir(parents=True, exist_ok=True)
+    # A copy: on the host, a tensor of torch_xla may share memory with the one that training goes on to change.
+    held = {name: tensor.cpu().clone() if _is_elsewhere(tensor) else tensor for name, tensor in tensors.items()}
     try:
         with _quiet():
-            save(dict(tensors), storage_writer=FileSystemWriter(folder, sync_files=False), no_dist=world.size == 1)
+            save(
+                cast(dict[str, Any], held),
+                storage_writer=FileSystemWriter(folder, sync_files=False),
+                no_dist=world.size == 1,
+            )
     except CheckpointException as error:  # derives from BaseException
         raise StateError(f"writing tensors failed: {_first_reason(error)}") from error
 
@@ -68,12 +74,18 @@ def read(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
     from torch.distributed.checkpoint import DefaultLoadPlanner, load
     from torch.distributed.checkpoint.api import CheckpointException
 
-    wanted = cast(dict[str, Any], dict(tensors))
+    wanted = cast(
+        dict[str, Any],
+        {name: torch.empty_like(t, device="cpu") if _is_elsewhere(t) else t for name, t in tensors.items()},
+    )
     try:
         with _quiet():
             load(wanted, storage_reader=_reader(folder), planner=DefaultLoadPlanner(), no_dist=world.size == 1)
     except CheckpointException as error:
         raise StateError(f"reading tensors failed: {_first_reason(error)}") from error
+    for name, tensor in tensors.items():
+        if _is_elsewhere(tensor):
+            tensor.copy_(wanted[name])
 
 
 def index_of(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -107,6 +119,11 @@ def _reader(folder: Path) -> Any:
             return metadata
 
     return Reader(folder)
+
+
+def _is_elsewhere(tensor: Tensor) -> bool:
+    """Whether `torch.distributed.checkpoint` cannot reach the tensor where it is, as on a device of torch_xla."""
+    return tensor.device.type == "xla"
 
 
 @contextmanager
