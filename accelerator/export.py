@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +33,16 @@ def save(model: nn.Module, folder: str | os.PathLike[str], world: World, *, max_
     Rank 0 writes, and holds one file of at most `max_shard_size` bytes at a time. Tied weights are written once.
     """
     limit = _number_of_bytes(max_shard_size)
-    state = {name: value for name, value in _without_ties(model).items()}
+    state = _without_ties(model)
     files = _files(state, limit)
     target = Path(folder)
-    error = None
-    if world.is_main:
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            error = problem
-    _agree(error, target, world)
+    _on_main(lambda: target.mkdir(parents=True, exist_ok=True), target, world)
     for number, names in enumerate(files, 1):
         part = dict(_gathered({name: state[name] for name in names}, world))
-        error = None
-        if world.is_main:
-            try:
-                _write(part, target / _file_name(number, len(files)))
-            except OSError as problem:
-                error = problem
-        _agree(error, target, world)
+        path = target / _file_name(number, len(files))
+        _on_main(functools.partial(_write, part, path), target, world)
         del part
-    error = None
-    if world.is_main:
-        try:
-            _finish(target, files, state)
-        except OSError as problem:
-            error = problem
-    _agree(error, target, world)
+    _on_main(lambda: _finish(target, files, state), target, world)
 
 
 def _gathered(state: dict[str, Any], world: World) -> Iterator[tuple[str, Any]]:
@@ -128,9 +112,15 @@ def _finish(target: Path, files: Sequence[Sequence[str]], state: dict[str, Tenso
             path.unlink()
 
 
-def _agree(error: OSError | None, target: Path, world: World) -> None:
-    """Raise `StateError` on every rank if rank 0 could not write. Collective."""
-    reason = collectives.broadcast(str(error) if error else None, world)
+def _on_main(write: Callable[[], Any], target: Path, world: World) -> None:
+    """Have rank 0 call `write`; raise `StateError` on every rank if it could not. Collective."""
+    reason = None
+    if world.is_main:
+        try:
+            write()
+        except OSError as error:
+            reason = str(error)
+    reason = collectives.broadcast(reason, world)
     if reason is not None:
         raise StateError(f"save_model could not write to {str(target)!r}: {reason}")
 

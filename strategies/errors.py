@@ -5,6 +5,7 @@
     ├── PrepareError            an object given to `prepare` cannot be prepared
     ├── StepError               the loop asked for something the step cannot do correctly
     ├── DataError               a dataloader cannot be sharded, or ranks disagree about it
+    ├── StateError              saved weights or a checkpoint do not fit, or cannot be read or written
     ├── CollectiveError         a collective cannot give a right answer
     │   ├── ShapeMismatchError  ranks brought tensors of different shapes or dtypes
     │   └── PeerLostError       another rank died or left
@@ -13,6 +14,10 @@
 
 Catch `AcceleratorError` for all of them. Messages say what came, what was expected and what to do.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class AcceleratorError(Exception):
@@ -57,3 +62,8 @@ class LaunchError(AcceleratorError, RuntimeError):
 
 class ConformanceError(AcceleratorError, AssertionError):
     """A strategy breaks a rule of the contract; the message names the rule."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names for a message, at most twenty of them."""
+    return ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")

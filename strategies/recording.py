@@ -93,7 +93,7 @@ class Recording:
         self.dtype = torch.get_default_dtype()
         self.random_state = random_state(device)
         self._calls: list[_Call] = []
-        self._versions: dict[int, int] = {}  # of every memory, how often it was written to in the block
+        self._versions: dict[int, int] = {}  # of every tensor, how often it was written to in the block
         self._alive: list[Tensor] = []  # so that no memory is given the address of an earlier one
         self._memories: set[int] = set()
 

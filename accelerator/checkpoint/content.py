@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from strategies.accumulation import Accumulation
-from strategies.errors import StateError
+from strategies.errors import StateError, listed
 
 from .encode import decode, encode, names_of_tensors
 
@@ -139,8 +139,8 @@ class Content:
         wrong = _differing(f"tensors of {name}", saved, here)
         reshaped = [key for key in saved.keys() & here.keys() if saved[key] != here[key]]
         if reshaped:
-            listed = [f"{key} is {tuple(saved[key])} and should be {tuple(here[key])}" for key in sorted(reshaped)]
-            wrong.append(f"other shapes in {name}: {_listed(listed)}")
+            shapes = [f"{key} is {tuple(saved[key])} and should be {tuple(here[key])}" for key in sorted(reshaped)]
+            wrong.append(f"other shapes in {name}: {listed(shapes)}")
         return wrong
 
     def targets(self, state: Mapping[str, Any], index: Index) -> dict[str, Tensor]:
@@ -233,9 +233,5 @@ def _name_of_loader(loader: Any) -> str:
 def _differing(kind: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     missing = sorted(here.keys() - saved.keys())
     foreign = sorted(saved.keys() - here.keys())
-    wrong = [f"missing {kind}: {_listed(missing)}"] if missing else []
-    return [*wrong, f"foreign {kind}: {_listed(foreign)}"] if foreign else wrong
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
+    wrong = [f"missing {kind}: {listed(missing)}"] if missing else []
+    return [*wrong, f"foreign {kind}: {listed(foreign)}"] if foreign else wrong

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
-from .. import clipping
+from .. import clipping, shards
 from ..accumulation import Accumulation
 from ..base import Strategy
 from ..precision import MixedPrecision, Precision
@@ -147,8 +146,7 @@ class Loop:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded over ranks, on the CPU. Collective if it is."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    return shards.whole(tensor).cpu()
 
 
 def weights_of(model: nn.Module) -> Weights:

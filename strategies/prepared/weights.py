@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..deferred_init import EMPTY
+from ..errors import listed
 from ..shards import copy_whole, is_sharded, local
 
 _log = logging.getLogger("accelerator")
@@ -42,9 +43,5 @@ def warn_of_empty(model: str, parameters: Mapping[str, Tensor]) -> None:
         _log.warning(
             "%s was built with init_module(empty=True), and nothing was loaded into %s: they are NaN",
             model,
-            _listed(unloaded),
+            listed(unloaded),
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
