@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
-import functools
 import gc
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +26,10 @@ from .batch_arithmetic import BatchArithmetic
 from .choice import check_world, chosen_name
 from .config import NOT_GIVEN, NotGiven, given, resolve_settings
 from .explain import Explanation, explain
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from .ranks import Ranks
 
 
-class Accelerator:
+class Accelerator(Ranks):
     """Runs a training loop on whatever hardware is configured, with the numbers of one process.
 
     Every rank constructs it, with the same arguments, and calls `prepare` with the same objects.
@@ -82,10 +78,9 @@ class Accelerator:
         precision = Precision(self._settings.mixed_precision)
         self._strategy_name = chosen_name(self._resolved, os.environ)
         self._strategy = self._resolved.strategy_for(self._strategy_name)
-        self._world = self._strategy.setup()
+        super().__init__(self._strategy.setup())
         self._arithmetic = BatchArithmetic(self._resolved, self._world)
         self._accumulation = Accumulation(self._strategy, self._world, precision, self._arithmetic.steps_for)
-        self._trigger = False
         self._registered: list[Any] = []
         self._seeded_apart = False
         if self._settings.seed is not None:
@@ -169,7 +164,12 @@ class Accelerator:
         window, so that the loop needs no `if`.
         """
         held = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        return clipping.clip_grad_norm(held, max_norm, norm_type) if self._accumulation.finish(held) else None
+        if not self._accumulation.finish(held):
+            return None
+        norm = clipping.clip_grad_norm(held, max_norm, norm_type)
+        for observer in self._accumulation.observers:
+            observer.gradients_clipped(norm)
+        return norm
 
     def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
         """Clamp every element of the gradients to [-clip_value, clip_value], before the step. Collective.
@@ -196,15 +196,6 @@ class Accelerator:
         """Micro-batches per window; with `global_batch_size`, for the loader prepared first that divides it."""
         return self._arithmetic.steps
 
-    # -- collectives ---------------------------------------------------------------------------------------
-
-    def gather(self, tree: Any) -> Any:
-        """Every tensor of any nesting, concatenated over ranks along dimension 0; scalars become (num_processes,).
-
-        Collective. Raises `ShapeMismatchError` on every rank if shapes or dtypes differ. No gradient flows through.
-        """
-        return collectives.gather(tree, self._world)
-
     def gather_for_metrics(self, tree: Any, *, loader: DataLoader[Any] | None = None) -> Any:
         """What each rank computed from its part of a batch, gathered so that every sample counts once, in order.
 
@@ -227,93 +218,6 @@ class Accelerator:
                     "for a value of your own, such as a count, use reduce or gather."
                 )
         return collectives.gather_uneven(tree, self._world, keep=cursor is None or not cursor.is_ghost)
-
-    def reduce(self, tree: Any, reduction: Literal["sum", "mean"] = "sum", scale: float = 1.0) -> Any:
-        """Every tensor of any nesting summed, or averaged, over ranks, times `scale`. Collective."""
-        return collectives.reduce(tree, self._world, reduction=reduction, scale=scale)
-
-    def broadcast(self, tree: Any) -> Any:
-        """The main process's value, tensors or any picklable object, on every rank. Collective."""
-        return collectives.broadcast(tree, self._world)
-
-    def pad_across_processes(self, tree: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
-        """Every tensor of any nesting padded along `dim` to the longest of all ranks. Collective."""
-        return collectives.pad_across_processes(tree, self._world, dim=dim, pad_index=pad_index, pad_first=pad_first)
-
-    def wait_for_everyone(self) -> None:
-        """Return once every rank has called it."""
-        collectives.barrier(self._world)
-
-    def set_trigger(self) -> None:
-        """Raise this rank's flag, for `check_trigger` on all ranks. Not a collective."""
-        self._trigger = True
-
-    def check_trigger(self) -> bool:
-        """Whether any rank raised its flag since the last check; lowers them all. Collective."""
-        raised = collectives.any_true(self._trigger, self._world)
-        self._trigger = False
-        return raised
-
-    # -- processes -----------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        return self._world.device
-
-    @property
-    def num_processes(self) -> int:
-        """Processes in the job, over all nodes."""
-        return self._world.size
-
-    @property
-    def process_index(self) -> int:
-        """The rank of this process in the job."""
-        return self._world.rank
-
-    @property
-    def local_process_index(self) -> int:
-        """The rank of this process on its node."""
-        return self._world.local_rank
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this is rank 0 of the job."""
-        return self._world.is_main
-
-    @property
-    def is_local_main_process(self) -> bool:
-        """Whether this is the first process of its node."""
-        return self._world.is_local_main
-
-    def print(self, *values: Any, **arguments: Any) -> None:
-        """`print` on the main process only."""
-        if self._world.is_main:
-            builtins.print(*values, **arguments)
-
-    def on_main_process(self, function: Callable[P, R]) -> Callable[P, R | None]:
-        """Decorate a function so that only the main process runs it; the others return `None` at once."""
-
-        @functools.wraps(function)
-        def on_main(*args: P.args, **kwargs: P.kwargs) -> R | None:
-            return function(*args, **kwargs) if self._world.is_main else None
-
-        return on_main
-
-    def main_process_first(self) -> AbstractContextManager[None]:
-        """A block that rank 0 runs before the others, to download or cache something once. Every rank enters it."""
-        return processes.first(self._world.is_main, self._world)
-
-    def local_main_process_first(self) -> AbstractContextManager[None]:
-        """A block that the first process of each node runs before the others of its node. Every rank enters it."""
-        return processes.first(self._world.is_local_main, self._world)
-
-    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
-        """This rank's contiguous share of a list, tuple, tensor, array, or mapping of them. Not a collective.
-
-        `apply_padding` repeats the last element so that all shares are equally long.
-        """
-        return processes.split(inputs, self._world, apply_padding=apply_padding)
 
     # -- around the loop -----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .base import Strategy
 from .errors import StateError, StepError
+from .observer import Observer
 from .precision import Precision
 from .prepared.view import View
 from .scaling import LossScaler
@@ -43,6 +44,7 @@ class Accumulation:
         self.schedulers: list[SchedulerLink] = []
         self.loaders: list[DataLoaderLink] = []
         self.given: list[Any] = []  # the user's own objects that were prepared
+        self.observers: list[Observer] = []
         self.current: Window | None = None  # the window whose micro-batch is open
         self.latest: Window | None = None
         self.step_was_skipped = False
@@ -117,7 +119,7 @@ class Accumulation:
             model.release()
         for windows in (self._windows, self._shared, self._scalers):
             windows.clear()
-        for held in (self.models, self.optimizers, self.schedulers, self.loaders, self.given):
+        for held in (self.models, self.optimizers, self.schedulers, self.loaders, self.given, self.observers):
             held.clear()
         self.current = self.latest = None
         self.sources = Sources(self.world)

@@ -85,6 +85,8 @@ class Window:
         if accumulation.latest is not self:
             self._become_latest()
         accumulation.current = self
+        for observer in accumulation.observers:
+            observer.micro_batch_begun(self)
         return self
 
     def __exit__(
@@ -101,6 +103,8 @@ class Window:
         if error is not None:
             accumulation.sources.fail(error)
             self._abandon()
+            for observer in accumulation.observers:
+                observer.raised(error)
             return
         self.count += 1
         if self.num_backward == 0:  # left by `continue`, say: this micro-batch is not in the mean
@@ -109,6 +113,8 @@ class Window:
                 self.closing = False  # nobody stepped: the next micro-batch closes the window instead
         if self.closing:
             accumulation.strategy.mark_step(accumulation.world)
+        for observer in accumulation.observers:
+            observer.micro_batch_ended(self)
 
     def begin_alone(self) -> None:
         """Make a window of the batch that the loop holds, for a backward outside `accumulate`.
@@ -131,6 +137,8 @@ class Window:
             self._check_forward()
         factor = self.weighting.factor(self._cursor, weight, again=self.num_backward > 0)
         self.num_backward += 1
+        for observer in self.accumulation.observers:
+            observer.backward_begun(self, loss)
         try:
             if self.scaler is not None:
                 factor = factor.float() if isinstance(factor, Tensor) else factor
@@ -146,6 +154,8 @@ class Window:
             if lost is None:
                 raise
             raise lost from error
+        for observer in self.accumulation.observers:
+            observer.backward_ended(self, loss)
 
     def _check_forward(self) -> None:
         """Ranks synchronise one backward per forward of the prepared model; the gradient of others would stay local."""
@@ -178,8 +188,12 @@ class Window:
             else:
                 self._reduce()
         self._finished.add(optimizer)
-        if self._correction is None and self.scaler is None:
-            return
+        if self._correction is not None or self.scaler is not None:
+            self._correct(optimizer)
+        for observer in self.accumulation.observers:
+            observer.gradients_ready(optimizer)
+
+    def _correct(self, optimizer: OptimizerLink) -> None:
         gradients = optimizer.gradients()
         fresh = [gradient for gradient in gradients if id(gradient) not in self._done]  # not another optimizer's too
         self._done.update(map(id, gradients))

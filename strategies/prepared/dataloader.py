@@ -103,7 +103,7 @@ class DataLoaderLink:
     def iterate(self, view: DataLoader[Any], make_iterator: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """One pass over this rank's batches, keeping the loop's position for the weights of its windows."""
         accumulation, source = self.accumulation, self.source
-        sources, world = accumulation.sources, accumulation.world
+        sources, world, observers = accumulation.sources, accumulation.world, accumulation.observers
         begin = self._begin = self._next_begin()
         cut, seed = None, self._seed.value
         if isinstance(source, Stream):
@@ -126,8 +126,10 @@ class DataLoaderLink:
                 if cursor.is_planned:  # the usual pass, without another generator around it
                     assert cut is not None
                     advance, final, mark_step = sources.advance, cut.num_batches - 1, accumulation.strategy.mark_step
-                    for index, batch in enumerate(batches):
+                    for index, batch in enumerate(self._watched(batches)):
                         advance(cursor, index, index == final)
+                        for observer in observers:
+                            observer.batch_taken(cursor)
                         yield batch
                         if cursor.last_trained != index:
                             mark_step(world)
@@ -144,6 +146,20 @@ class DataLoaderLink:
             sources.close(cursor)
         self._check_trained(cursor)
 
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """`batches`, each announced to observers, if there are any when the pass begins, before it is waited for."""
+        return self._announced(batches) if self.accumulation.observers else batches
+
+    def _announced(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            for observer in self.accumulation.observers:
+                observer.batch_wanted(self.original)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
+
     def _next_begin(self) -> Position:
         last = self._last
         return Position(last.epoch + 1) if last is not None and last.counts else self._begin
@@ -152,10 +168,12 @@ class DataLoaderLink:
         """Batches of a planned number, whose sizes only they themselves know."""
         assert cursor.cut is not None
         advance, final = self.accumulation.sources.advance, cursor.cut.num_batches - 1
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(self._watched(batches)):
             mine = index > final or cursor.cut.local_samples(index, cursor.rank) > 0
             cursor.samples_seen = (num_samples(batch) or 1) if mine else 0
             advance(cursor, index, index == final)
+            for observer in self.accumulation.observers:
+                observer.batch_taken(cursor)
             yield batch
             self._run_untrained(cursor)
 
@@ -185,13 +203,15 @@ class DataLoaderLink:
         with _undrawn(resumed):
             steps = source.steps(make_iterator)
         batches = accumulation.strategy.device_loader(source.stepped(steps, waiting), accumulation.world)
-        for batch in batches:
+        for batch in self._watched(batches):
             step = waiting.popleft()
             cursor.sizes = step.sizes
             cursor.samples_seen = step.sizes[cursor.rank]
             cursor.had_ghosts |= 0 in step.sizes
             source.take(step.taken)
             accumulation.sources.advance(cursor, cursor.index + 1, step.is_last)
+            for observer in accumulation.observers:
+                observer.batch_taken(cursor)
             yield batch
             self._run_untrained(cursor)
 

@@ -102,14 +102,13 @@ class OptimizerLink:
             return None
         window.finish(self)
         window.stepped.add(self)
-        if window.scaler is not None:
-            if not window.scaler.step(self.original):
-                self.last_call, accumulation.step_was_skipped = "skipped", True
-                if accumulation.world.is_main:
-                    _log.warning("float16 overflow: optimizer and scheduler skip this step, the loss scale is lowered")
-                return None
-        else:
+        for observer in accumulation.observers:
+            observer.update_begun(self)
+        if window.scaler is None:
             self.original.step()
+        elif not window.scaler.step(self.original):
+            self._note_skip()
+            return None
         self._note_step()
         if current is None:
             accumulation.strategy.mark_step(accumulation.world)
@@ -157,6 +156,15 @@ class OptimizerLink:
         self.last_call = "taken"
         self.accumulation.step_was_skipped = False
         self.original._opt_called = True  # type: ignore[attr-defined]  # schedulers of torch look for it
+        for observer in self.accumulation.observers:
+            observer.update_ended(self, taken=True)
+
+    def _note_skip(self) -> None:
+        self.last_call, self.accumulation.step_was_skipped = "skipped", True
+        if self.accumulation.world.is_main:
+            _log.warning("float16 overflow: optimizer and scheduler skip this step, the loss scale is lowered")
+        for observer in self.accumulation.observers:
+            observer.update_ended(self, taken=False)
 
     def _repoint(self) -> None:
         """Put the live parameters where the optimizer holds the ones from before wrapping, with their state."""
@@ -184,6 +192,8 @@ class OptimizerLink:
                 f"{type(self.original).__name__}.step got a closure, but {reason}. Step without a closure, or use one "
                 "process, no accumulation, and 'no' or 'bf16' precision."
             )
+        for observer in accumulation.observers:
+            observer.update_begun(self)
         loss = self.original.step(closure)
         if window is not None:
             window.stepped.add(self)
