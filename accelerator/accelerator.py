@@ -43,6 +43,7 @@ class Accelerator(Ranks):
     - `global_batch_size`: samples per optimizer step over all ranks; the accumulation steps follow from it.
     - `split_batches`: whether a loader's `batch_size` is that of all ranks together instead of each rank's.
     - `dispatch_batches`: whether rank 0 alone reads iterable datasets, and sends the others their batches.
+    - `seed_samples`: whether the random draws of a sample depend on seed, epoch and index alone.
     - `seed`: of Python's, NumPy's and torch's generators and of the order of the data.
     - `project_dir`: where the run's files go, and where `accelerator.toml` is looked for.
     - `config`: the path of a configuration file.
@@ -59,6 +60,7 @@ class Accelerator(Ranks):
         global_batch_size: int | NotGiven | None = NOT_GIVEN,
         split_batches: bool | NotGiven = NOT_GIVEN,
         dispatch_batches: bool | NotGiven = NOT_GIVEN,
+        seed_samples: bool | NotGiven = NOT_GIVEN,
         seed: int | NotGiven | None = NOT_GIVEN,
         project_dir: str | os.PathLike[str] | NotGiven | None = NOT_GIVEN,
         config: str | os.PathLike[str] | None = None,
@@ -70,6 +72,7 @@ class Accelerator(Ranks):
             global_batch_size=global_batch_size,
             split_batches=split_batches,
             dispatch_batches=dispatch_batches,
+            seed_samples=seed_samples,
             seed=seed,
             project_dir=project_dir if isinstance(project_dir, NotGiven | None) else os.fspath(project_dir),
         )
@@ -107,7 +110,9 @@ class Accelerator(Ranks):
             raise PrepareError("prepare() got nothing; expected models, optimizers, schedulers or dataloaders")
         seed = self._settings.seed
         options = DataOptions(
-            split_batches=self._settings.split_batches, dispatch_batches=self._settings.dispatch_batches
+            split_batches=self._settings.split_batches,
+            dispatch_batches=self._settings.dispatch_batches,
+            seed_samples=self._settings.seed_samples,
         )
         prepared = prepare(objects, self._accumulation, seed=seed, options=options)
         self._arithmetic.add([item for item in prepared if isinstance(item, DataLoader)])

@@ -18,20 +18,41 @@ from .randomness import derive, seeded
 from .sharding import Order, Plan
 
 
+@dataclass(frozen=True)
+class Repeat:
+    """An index that the epoch has had before, and how often: so that its random draws may be others."""
+
+    index: Any
+    number: int
+
+
 class DrawnOrder(Order):
     """What a sampler of the user's own yields, drawn whole at the start of each pass.
 
     Its draws, from the global generators or from one that it keeps as an attribute, are a function of (seed,
     epoch): ranks agree without communication, and the loop's generators are left as they were. A sampler with
     `set_epoch` is told the epoch; one with `state_dict` and `load_state_dict` takes its state with the position.
+    `marks_repeats`: indices that come again stand as `Repeat`; `of_batches`: those within the
+    batches that the sampler gives.
     """
 
-    def __init__(self, sampler: Any, length: int, seed: int, generator: Any = None) -> None:
+    def __init__(
+        self,
+        sampler: Any,
+        length: int,
+        seed: int,
+        generator: Any = None,
+        *,
+        marks_repeats: bool = False,
+        of_batches: bool = False,
+    ) -> None:
         self.sampler = sampler
         self.length = length
         self.seed = seed
         self.drawn: Sequence[Any] | npt.NDArray[np.int64] = ()
         self._generator = generator
+        self._marks_repeats = marks_repeats
+        self._of_batches = of_batches
         self._epoch: int | None = None
         self._digest = 0
         self._state: dict[str, Any] = {}  # of the sampler, before it drew the epoch at hand
@@ -68,6 +89,10 @@ class DrawnOrder(Order):
                 "is left of the epoch cannot be known. Is it over the same data and weights? A sampler must draw from "
                 "the generators of Python, NumPy or torch, or have state_dict and load_state_dict."
             )
+        if self._marks_repeats:
+            counts: dict[Any, int] = {}
+            of_batches = self._of_batches
+            self.drawn = [_marked(batch, counts) for batch in drawn] if of_batches else _marked(drawn, counts)
         self._epoch, self._pending = epoch, None
 
     def indices(self, positions: npt.NDArray[np.int64], epoch: int) -> list[Any]:
@@ -197,6 +222,16 @@ def _packed(drawn: list[Any]) -> tuple[Sequence[Any] | npt.NDArray[np.int64], in
         array = np.array(drawn, dtype=np.int64)
         return array, zlib.crc32(array.tobytes())
     return drawn, zlib.crc32(repr(drawn).encode())
+
+
+def _marked(drawn: Sequence[Any], counts: dict[Any, int]) -> list[Any]:
+    """`drawn` with `Repeat` for indices that came before, by `counts`, which is brought up to date."""
+    marked: list[Any] = []
+    for index in drawn:
+        own = index if isinstance(index, int) else repr(index)
+        number = counts[own] = counts.get(own, -1) + 1
+        marked.append(Repeat(index, number) if number else index)
+    return marked
 
 
 def _how_many(number: int, length: int) -> str:

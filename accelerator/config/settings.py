@@ -81,6 +81,7 @@ class Settings:
     )
     split_batches: bool = setting(False, "the loader's batch size is that of all processes together")
     dispatch_batches: bool = setting(False, "rank 0 alone reads iterable datasets and sends the others their batches")
+    seed_samples: bool = setting(False, "the random draws of a sample depend on seed, epoch and index alone")
     seed: int | None = setting(None, "seed of every random number generator and of the order of the data", minimum=0)
     project_dir: str | None = setting(None, "where checkpoints and logs go, and accelerator.toml is looked for")
     launch: LaunchSettings = field(default_factory=LaunchSettings)

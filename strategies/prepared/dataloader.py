@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from .. import collectives
+from .. import collectives, seeded
 from ..errors import DataError
 from ..lockstep import Step
 from ..sharding import ComputedOrder
@@ -32,11 +32,13 @@ class DataOptions:
     """What a script asks of all its loaders.
 
     `split_batches`: a loader's `batch_size` is that of all ranks together. `dispatch_batches`: rank 0 alone reads
-    iterable datasets, and sends the others their batches.
+    iterable datasets, and sends the others their batches. `seed_samples`: the random draws of a sample are functions
+    of seed, epoch and index.
     """
 
     split_batches: bool = False
     dispatch_batches: bool = False
+    seed_samples: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,13 @@ class DataLoaderLink:
         *,
         seed: Seed,
         global_batch_size: int | None,
+        seeds_samples: bool = False,
     ) -> None:
         self.original = original
         self.accumulation = accumulation
         self.source = source
         self.global_batch_size = global_batch_size
+        self.seeds_samples = seeds_samples
         self._seed = seed
         self._begin = Position()  # of the next pass, unless the last one counts
         self._last: Cursor | None = None
@@ -97,7 +101,8 @@ class DataLoaderLink:
         if isinstance(self.source, Stream):
             self._begin = read_stream(state, self.source, dataset)
         else:
-            self._begin = read(state, self.source, seed_was_given=self._seed.was_given, dataset=dataset)
+            needs_seed = self._seed.was_given and (self.seeds_samples or self.source.order.kind != "sequential")
+            self._begin = read(state, self.source, needs_seed=needs_seed, dataset=dataset)
         self._last = None
 
     def iterate(self, view: DataLoader[Any], make_iterator: Callable[[], Iterator[Any]]) -> Iterator[Any]:
@@ -251,7 +256,9 @@ class PreparedDataLoader(View):
     def _get_iterator(self) -> Any:
         source = self._link.source
         make = super()._get_iterator  # type: ignore[misc]  # DataLoader follows in the view
-        return source.make_iterator(self, make) if isinstance(source, Stream) else make()
+        if isinstance(source, Stream):
+            return source.make_iterator(self, make)
+        return seeded.make_iterator(self, source, make) if self._link.seeds_samples else make()
 
     @property
     def epoch(self) -> int:
@@ -288,7 +295,15 @@ def prepare_dataloader(loader: DataLoader[Any], accumulation: Accumulation, *, o
     """
     world = accumulation.world
     split_batches = options.split_batches
-    sampler = sampler_for(loader, world, split_batches=split_batches, seed=seed.value)
+    sampler = sampler_for(
+        loader, world, split_batches=split_batches, seed=seed.value, seed_samples=options.seed_samples
+    )
+    if sampler is None and options.seed_samples:
+        raise DataError(
+            f"seed_samples=True, and the samples of {type(loader.dataset).__name__} have no index: it is an iterable "
+            "dataset, or its sampler has no length. Draw from a generator seeded by what a sample holds, or use "
+            "seed_samples=False."
+        )
     if sampler is None and split_batches and world.size > 1:
         raise DataError(
             f"{type(loader.dataset).__name__} is an iterable dataset and split_batches=True. Processes read their own "
@@ -301,7 +316,9 @@ def prepare_dataloader(loader: DataLoader[Any], accumulation: Accumulation, *, o
     if sampler is not None:
         copied.__dict__["sampler" if loader.batch_sampler is None else "batch_sampler"] = sampler
     together = loader.batch_size if split_batches or loader.batch_size is None else loader.batch_size * world.size
-    link = DataLoaderLink(loader, accumulation, source, seed=seed, global_batch_size=together)
+    link = DataLoaderLink(
+        loader, accumulation, source, seed=seed, global_batch_size=together, seeds_samples=options.seed_samples
+    )
     accumulation.loaders.append(link)
     return make_view(copied, PreparedDataLoader, link)
 

@@ -35,7 +35,7 @@ def describe(position: Position, sampler: PlannedSampler) -> dict[str, Any]:
     } | order.state(position.epoch)
 
 
-def read(state: Mapping[str, Any], sampler: PlannedSampler, *, seed_was_given: bool, dataset: str) -> Position:
+def read(state: Mapping[str, Any], sampler: PlannedSampler, *, needs_seed: bool, dataset: str) -> Position:
     """The position in `state`. Raises `DataError`, changing nothing, where it does not fit the loader."""
     check_version(state)
     order = sampler.order
@@ -51,9 +51,9 @@ def read(state: Mapping[str, Any], sampler: PlannedSampler, *, seed_was_given: b
             f"{order.length} now. What is left of that epoch is not known for other data: use the same, or start "
             "an epoch without the position."
         )
-    if seed != order.seed and seed_was_given and order.kind != "sequential":
+    if seed != order.seed and needs_seed:
         raise DataError(
-            f"the position to load was saved with seed {seed}, and the loader has {order.seed}, another order. Use "
+            f"the position to load was saved with seed {seed}, and the loader has {order.seed}, other draws. Use "
             "the same Accelerator(seed=...) or generator, and prepare the loaders in the same order."
         )
     position = Position(_count(state, "epoch"), _count(state, "position"))

@@ -23,7 +23,9 @@ from ..world import World
 PlannedSampler: TypeAlias = ShardedBatchSampler | ListedBatchSampler
 
 
-def sampler_for(loader: DataLoader[Any], world: World, *, split_batches: bool, seed: int) -> PlannedSampler | None:
+def sampler_for(
+    loader: DataLoader[Any], world: World, *, split_batches: bool, seed: int, seed_samples: bool
+) -> PlannedSampler | None:
     """This rank's sampler of `loader`'s order; `None` for a stream. Raises `DataError` for what cannot be cut."""
     _refuse_sharded(loader)
     if isinstance(loader.dataset, IterableDataset):
@@ -33,10 +35,9 @@ def sampler_for(loader: DataLoader[Any], world: World, *, split_batches: bool, s
         length = _length_of(own, world, "batch_sampler")
         if length is None:
             return None
-        return ListedBatchSampler(
-            DrawnOrder(own, length, seed, loader.generator), world.rank, world.size, split=split_batches
-        )
-    order = _order(loader, world, seed)
+        drawn = DrawnOrder(own, length, seed, loader.generator, marks_repeats=seed_samples, of_batches=True)
+        return ListedBatchSampler(drawn, world.rank, world.size, split=split_batches)
+    order = _order(loader, world, seed, seed_samples)
     if order is None:
         return None
     if own is None:
@@ -64,7 +65,7 @@ def length_now(loader: DataLoader[Any], sampler: PlannedSampler) -> int:
     return len(own)  # type: ignore[arg-type]  # it had a length when it was prepared
 
 
-def _order(loader: DataLoader[Any], world: World, seed: int) -> Order | None:
+def _order(loader: DataLoader[Any], world: World, seed: int, seed_samples: bool) -> Order | None:
     sampler = loader.sampler
     if type(sampler) is SequentialSampler:
         return ComputedOrder(_length(loader), seed, shuffle=False)
@@ -73,7 +74,9 @@ def _order(loader: DataLoader[Any], world: World, seed: int) -> Order | None:
     if isinstance(sampler, WeightedRandomSampler):
         _check_weights(sampler)
     length = _length_of(sampler, world, "sampler")
-    return None if length is None else DrawnOrder(sampler, length, seed, loader.generator)
+    if length is None:
+        return None
+    return DrawnOrder(sampler, length, seed, loader.generator, marks_repeats=seed_samples)
 
 
 def _check_weights(sampler: WeightedRandomSampler) -> None:

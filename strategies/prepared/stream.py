@@ -46,7 +46,7 @@ class Stream:
         dataset = loader.dataset
         self._by_node = _is_hugging_face(dataset)
         if self._by_node and readers.size > 1:
-            from datasets.distributed import split_dataset_by_node  # type: ignore[import-not-found,unused-ignore]
+            from datasets.distributed import split_dataset_by_node
 
             dataset = split_dataset_by_node(dataset, rank=world.rank, world_size=world.size)
         self.is_plain = isinstance(dataset, IterDataPipe) or not isinstance(dataset, IterableDataset)
