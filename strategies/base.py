@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -27,8 +27,11 @@ class Strategy(ABC):
     """How a loop meets its hardware.
 
     Every method is called on every rank, in the same order. `wrapped` is always what this strategy's
-    own `wrap` returned.
+    own `wrap` returned. `single_process` says of a class that it trains in one process only, whose `setup` refuses
+    several: asked before anything is started.
     """
+
+    single_process: ClassVar[bool] = False
 
     @abstractmethod
     def setup(self) -> World:

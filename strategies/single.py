@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ class SingleDevice(Strategy):
 
     `device`: `"auto"` (the machine's accelerator, or its CPU), `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, ...
     """
+
+    single_process: ClassVar[bool] = True
 
     device: str = "auto"
 

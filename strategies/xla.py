@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -46,6 +46,8 @@ class XLA(Strategy):
     `mesh`: for `"fsdp"`, copies of the model and devices that each is cut over; `None` is one copy over all.
     `min_sharded_elements`: smaller parameters stay whole on every device.
     """
+
+    single_process: ClassVar[bool] = True
 
     shard: Shard = "data"
     mesh: tuple[int, int] | None = None

@@ -8,12 +8,18 @@ from collections.abc import Callable, Sequence
 from accelerator.config.values import nearest
 from strategies.errors import AcceleratorError
 
+from .config import main as config
 from .conformance import main as conformance
 from .launch import main as launch
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"launch": launch, "conformance": conformance}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "config": config,
+    "launch": launch,
+    "conformance": conformance,
+}
 USAGE = """usage: accelerator COMMAND ...
 
+  config        write accelerator.toml, show what applies here, or convert a file of Accelerate
   launch        start a training script in several processes
   conformance   check a strategy against the contract
 

@@ -115,7 +115,8 @@ def _plain(value: object, hint: Any, kind: str) -> object:
 
     Raises `ValueError` if `value` is none of the types in `hint`.
     """
-    for part in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for part in sorted(parts, key=lambda part: part is str):  # for any text or nothing, "none" is nothing
         options = get_args(part) or None
         wanted = type(options[0]) if options else part
         found = _parse(value, wanted) if kind == "text" and isinstance(value, str) else value

@@ -197,6 +197,13 @@ class TestWhichFile:
         assert "(ACCELERATOR_CONFIG)" in error(environ={"ACCELERATOR_CONFIG": "gone.toml"})
 
 
+@pytest.mark.parametrize("name", ["ACCELERATOR_PROJECT_DIR", "ACCELERATOR_LAUNCH__RDZV_ID"])
+def test_none_takes_a_text_back(name: str) -> None:
+    settings = resolve(environ={name: "none"}).settings
+    assert (settings.project_dir, settings.launch.rdzv_id) == (None, None)
+
+
+
 class TestStrategy:
     def test_options_build_the_dataclass(self, options_path: str) -> None:
         table = f'strategy = "{options_path}"\n["{options_path}"]\nflag = true\nratio = 2\nblocks = ["A", "B"]\n'
