@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
+import json
 import time
 import tracemalloc
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,39 +25,112 @@ from accelerator import Accelerator
 from datasets_of_numbers import Numbers
 from rank_pool import RankPool
 from sampled_loaders import LOADERS, flat, on, run
-from strategies.sharding import ComputedOrder, Cut, ShardedBatchSampler, permute
+from strategies import CPU, Precision, World
+from strategies.accumulation import Accumulation
+from strategies.prepared.dataloader import DataOptions, Seed, prepare_dataloader
+from strategies.sharding import permute
 
 
 def whole_order(length: int, shuffle: bool, seed: int, epoch: int) -> list[int]:
     return permute(np.arange(length), length, seed, epoch).tolist() if shuffle else list(range(length))
 
 
-STAGES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=4)
+def simulated(loader: DataLoader[Any], rank: int, size: int, seed: int) -> Any:
+    """What `prepare` returns on one of several ranks, without the others: for the order they need not communicate."""
+    world = World(rank=rank, size=size, local_rank=rank, local_size=size)
+    accumulation = Accumulation(CPU(), world, Precision("no"), lambda cursor: 1)
+    return prepare_dataloader(loader, accumulation, options=DataOptions(), seed=Seed(seed, was_given=True))
+
+
+class Stage(NamedTuple):
+    """A part of a run: ranks, samples per rank and batch, batches read ahead, and after how many batches it stops."""
+
+    world_size: int
+    batch_size: int
+    drop_last: bool
+    ahead: int
+    stop: int
+
+
+STAGES = st.lists(
+    st.builds(Stage, st.integers(1, 5), st.integers(1, 9), st.booleans(), st.integers(0, 6), st.integers(0, 12)),
+    min_size=1,
+    max_size=5,
+)
+
+
+def expected_batch(whole: list[int], position: int, stage: Stage) -> list[int]:
+    """The next global batch of an epoch that stands at `position`; none at its end."""
+    batch = whole[position : position + stage.world_size * stage.batch_size]
+    return [] if stage.drop_last and len(batch) < stage.world_size * stage.batch_size else batch
 
 
 @settings(max_examples=300, deadline=None)
 @given(length=st.integers(1, 200), shuffle=st.booleans(), epoch=st.integers(0, 3), stages=STAGES)
 def test_stages_of_any_world_and_batch_take_the_epoch_in_its_order(
-    length: int, shuffle: bool, epoch: int, stages: list[tuple[int, int, int]]
+    length: int, shuffle: bool, epoch: int, stages: list[Stage]
 ) -> None:
-    """Each stage: a number of ranks, a batch per rank, and after how many global batches it stops; the last never."""
-    whole, taken, position = whole_order(length, shuffle, 9, epoch), list[int](), 0
-    for number, (world_size, per_rank, stop) in enumerate(stages):
-        cut = Cut(length, per_rank * world_size, world_size, drop_last=False)
-        samplers = [
-            ShardedBatchSampler(cut, rank, ComputedOrder(length, 9, shuffle=shuffle)) for rank in range(world_size)
+    """The order of every global batch included, on worlds that change with every stop, once through JSON each time.
+
+    Ranks are simulated one after the other in this process. Reading ahead is what workers do: torch asks the sampler
+    for that many batches more than the loop takes.
+    """
+    whole, taken, state = whole_order(length, shuffle, 9, epoch), list[int](), None
+    for stage in [*stages, Stage(world_size=2, batch_size=3, drop_last=False, ahead=1, stop=length)]:
+        if stage.drop_last and length < stage.world_size * stage.batch_size:
+            continue  # refused: no batch at all
+        options = {"batch_size": stage.batch_size, "shuffle": shuffle, "drop_last": stage.drop_last}
+        loaders = [
+            simulated(DataLoader(Numbers(length), **options), rank, stage.world_size, 9)
+            for rank in range(stage.world_size)
         ]
-        plan, *_ = [sampler.begin(epoch, position) for sampler in samplers]
-        taken_before = len(taken)
-        for index, parts in enumerate(zip(*samplers, strict=True)):
-            if index == stop and number < len(stages) - 1:
+        state = loaders[0].state_dict() | {"epoch": epoch} if state is None else json.loads(json.dumps(state))
+        for loader in loaders:
+            loader.load_state_dict(state)
+        passes = [reading_ahead(loader, stage.ahead) for loader in loaders]
+        for _ in range(stage.stop):
+            expected = expected_batch(whole, len(taken), stage)
+            parts = [next(one, None) for one in passes]
+            if not expected:
+                assert parts == [None] * stage.world_size
                 break
-            batch = [sample for rank, part in enumerate(parts) if plan.local_samples(index, rank) for sample in part]
-            assert batch == whole[position : position + per_rank * world_size]
-            taken += batch
-            position = plan.position_after(index)
-        assert plan.window_samples(0, plan.num_batches) == length - taken_before
-    assert taken == whole
+            shares = np.array_split(expected, stage.world_size)  # contiguous, the first ones longer by one
+            assert parts == [share.tolist() or expected[:1] for share in shares]
+            taken += expected
+        for one in passes:
+            one.close()
+        states = [loader.state_dict() for loader in loaders]
+        assert states == [states[0]] * stage.world_size
+        state = states[0]
+        if state["epoch"] > epoch:
+            break
+        assert state["position"] == len(taken)
+    assert taken == whole[: len(taken)]
+    assert len(taken) == length or (state["epoch"] > epoch and not expected_batch(whole, len(taken), stage))
+
+
+def reading_ahead(loader: Any, ahead: int) -> Iterator[list[int]]:
+    """The batches of a pass over `loader` whose sampler is asked for `ahead` batches more than are given out."""
+    own_sampler = loader.batch_sampler
+    loader.__dict__["batch_sampler"] = Ahead(own_sampler, ahead)
+    for batch in loader:
+        yield batch.tolist()
+
+
+class Ahead:
+    def __init__(self, sampler: Any, ahead: int) -> None:
+        self.sampler, self.ahead = sampler, ahead
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        rest = iter(self.sampler)
+        read = collections.deque(itertools.islice(rest, self.ahead))
+        for batch in rest:
+            read.append(batch)
+            yield read.popleft()
+        yield from read
 
 
 @pytest.mark.parametrize("kind", LOADERS)

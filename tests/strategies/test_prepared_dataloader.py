@@ -238,35 +238,6 @@ def test_a_subclass_that_leaves_batches_out_is_told() -> None:
         list(loader)
 
 
-def seed_worker(worker: int) -> None:
-    torch.utils.data.get_worker_info().dataset.length += 1000 * worker  # type: ignore[union-attr]  # in a worker
-
-
-class Length(Numbers):
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.tensor(self.length)
-
-
-def test_settings_are_carried_over() -> None:
-    options: dict[str, Any] = {
-        "batch_size": 2,
-        "num_workers": 2,
-        "worker_init_fn": seed_worker,
-        "prefetch_factor": 3,
-        "persistent_workers": True,
-        "drop_last": True,
-        "timeout": 30,
-    }
-    original = DataLoader(Length(9), **options)
-    loader = Accelerator(strategy="cpu").prepare(original)
-    for name in [*options, "dataset", "collate_fn", "pin_memory", "generator", "sampler", "multiprocessing_context"]:
-        assert getattr(loader, name) == getattr(original, name), name
-    assert isinstance(loader, DataLoader)
-    assert len(loader) == len(original)
-    assert {int(length) for batch in loader for length in batch} == {9, 1009}
-    assert original._iterator is None
-
-
 def seeded(seed: int) -> DataLoader[Tensor]:
     return DataLoader(Numbers(20), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(seed))
 

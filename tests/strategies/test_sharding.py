@@ -28,23 +28,49 @@ def test_the_order_is_a_bijection_for_every_short_length() -> None:
         assert np.array_equal(np.sort(order(length, seed=length % 7, epoch=length % 3)), np.arange(length)), length
 
 
-@settings(max_examples=20, deadline=None)
-@given(length=st.integers(2001, 300_000), seed=st.integers(-(2**63), 2**64 - 1), epoch=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(2001, 10**5), seed=st.integers(-(2**63), 2**64 - 1), epoch=st.integers(0, 10**6))
+@example(length=2**14, seed=0, epoch=0)
+@example(length=2**14 + 1, seed=0, epoch=0)
 @example(length=2**16, seed=0, epoch=0)
 @example(length=2**16 + 1, seed=0, epoch=0)
 def test_the_order_is_a_bijection_for_long_lengths(length: int, seed: int, epoch: int) -> None:
     assert np.array_equal(np.bincount(order(length, seed, epoch), minlength=length), np.ones(length))
 
 
-@settings(max_examples=20, deadline=None)
-@given(length=st.integers(1, 10**12), data=st.data())
-def test_a_position_of_any_length_is_found_alone(length: int, data: st.DataObject) -> None:
-    positions = np.array(data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=5, unique=True)))
-    found = permute(positions, length, 3, 1)
-    assert len(set(found.tolist())) == len(positions)
+def mixed(value: int) -> int:
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return value ^ (value >> 31)
+
+
+def position_of(index: int, length: int, seed: int, epoch: int) -> int:
+    """Where a shuffled epoch has `index`: the network of `permute` run backwards, in Python's integers."""
+    keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64).tolist()
+    half = ((length - 1).bit_length() + 1) // 2
+    found = length
+    while found >= length:
+        left, right = index >> half, index % 2**half
+        for key in reversed(keys):
+            left, right = right ^ mixed((left + key) % 2**64) % 2**half, left
+        found = index = left << half | right
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(2**14 + 1, 10**12), epoch=st.integers(0, 99), data=st.data())
+@example(length=10**12, epoch=0, data=None)
+@example(length=2**40, epoch=1, data=None)
+@example(length=2**38 + 1, epoch=1, data=None)
+def test_a_position_of_any_length_is_found_alone_and_back(length: int, epoch: int, data: st.DataObject | None) -> None:
+    """What can be found back from where it went is a bijection."""
+    places = st.lists(st.integers(0, length - 1), min_size=1, max_size=5)
+    positions = np.array(data.draw(places) if data is not None else [0, 1, length // 2, length - 1])
+    found = permute(positions, length, 3, epoch)
     assert found.min() >= 0
     assert found.max() < length
-    assert [permute(position[None], length, 3, 1).item() for position in positions] == found.tolist()
+    assert [position_of(index, length, 3, epoch) for index in found.tolist()] == positions.tolist()
+    assert [permute(position[None], length, 3, epoch).item() for position in positions] == found.tolist()
 
 
 def test_the_shape_of_positions_is_kept() -> None:
@@ -81,14 +107,44 @@ def test_every_permutation_of_a_few_samples_is_equally_frequent(length: int) -> 
     assert deviations(counts, len(counts) - 1) < 5
 
 
-@pytest.mark.parametrize("length", [1000, 4096, 5000])
+# Sorted by random keys; through the network, with cycle walking and without; where only a part of it is looked at.
+LENGTHS = [1000, 5000, 2**14 + 1, 40_000, 2**16, 10**9]
+
+
+def beginnings(length: int, seed: int, epochs: int) -> np.ndarray:
+    """(epoch, position): in which of 16 equal parts of the data the first samples of each epoch lie."""
+    positions = np.arange(min(length, 40_000))
+    return np.stack([permute(positions, length, seed, epoch) for epoch in range(epochs)]) * 16 // length
+
+
+def chi_square_of_pairs(first: np.ndarray, second: np.ndarray, expected: int) -> float:
+    """In standard deviations: how far pairs of two numbers below 16 are from equally frequent."""
+    counts = np.bincount(first.ravel() * 16 + second.ravel(), minlength=256)
+    assert counts.mean() >= expected
+    return deviations(counts, 255)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_where_a_sample_lies_does_not_tell_its_place(length: int) -> None:
+    parts = beginnings(length, 5, 20)
+    places = np.broadcast_to(np.arange(parts.shape[1]) * 16 // parts.shape[1], parts.shape)
+    assert chi_square_of_pairs(places, parts, 70) < 5
+    single_bits = np.broadcast_to(np.arange(parts.shape[1]) % 16, parts.shape)
+    assert chi_square_of_pairs(single_bits, parts, 70) < 5
+
+
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("distance", [1, 2, 64])
 def test_what_follows_a_sample_does_not_depend_on_it(length: int, distance: int) -> None:
-    bins = np.zeros((8, 8))
-    for epoch in range(20):
-        binned = order(length, 5, epoch) * 8 // length
-        np.add.at(bins, (binned[:-distance], binned[distance:]), 1)
-    assert deviations(bins, 49) < 5
+    parts = beginnings(length, 5, 20)
+    assert chi_square_of_pairs(parts[:, :-distance], parts[:, distance:], 70) < 5
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_one_epoch_tells_nothing_of_another(length: int) -> None:
+    parts = beginnings(length, 5, 20)
+    assert chi_square_of_pairs(parts[:-1], parts[1:], 70) < 5
+    assert chi_square_of_pairs(parts, beginnings(length, 6, 20), 70) < 5
 
 
 CUTS = st.builds(
