@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from strategies import Precision, Strategy, World, clipping, collectives
+from strategies import Precision, Strategy, clipping, collectives
 from strategies.accumulation import Accumulation
 from strategies.errors import AcceleratorError, DataError, PrepareError, StateError
 from strategies.prepared import DataOptions, View, prepare
@@ -27,6 +27,8 @@ from .choice import check_world, chosen_name
 from .config import NOT_GIVEN, NotGiven, given, resolve_settings
 from .explain import Explanation, explain
 from .ranks import Ranks
+from .record import Record, chosen_trackers, names_of
+from .trackers import Tracker
 
 
 class Accelerator(Ranks):
@@ -46,6 +48,7 @@ class Accelerator(Ranks):
     - `seed_samples`: whether the random draws of a sample depend on seed, epoch and index alone.
     - `seed`: of Python's, NumPy's and torch's generators and of the order of the data.
     - `project_dir`: where the run's files go, and where `accelerator.toml` is looked for.
+    - `trackers`: what keeps the values given to `log`: names such as `"jsonl"` or `"tensorboard"`, or `Tracker`s.
     - `config`: the path of a configuration file.
 
     Raises `ConfigurationError` or `LaunchError` before any work is done.
@@ -63,6 +66,7 @@ class Accelerator(Ranks):
         seed_samples: bool | NotGiven = NOT_GIVEN,
         seed: int | NotGiven | None = NOT_GIVEN,
         project_dir: str | os.PathLike[str] | NotGiven | None = NOT_GIVEN,
+        trackers: Sequence[str | Tracker] | NotGiven = NOT_GIVEN,
         config: str | os.PathLike[str] | None = None,
     ) -> None:
         code = given(
@@ -75,21 +79,24 @@ class Accelerator(Ranks):
             seed_samples=seed_samples,
             seed=seed,
             project_dir=project_dir if isinstance(project_dir, NotGiven | None) else os.fspath(project_dir),
+            trackers=trackers if isinstance(trackers, NotGiven) else names_of(trackers),
         )
         self._resolved = resolve_settings(code, config=config, environ=os.environ, directory=Path.cwd())
         self._settings = self._resolved.settings
         precision = Precision(self._settings.mixed_precision)
         self._strategy_name = chosen_name(self._resolved, os.environ)
         self._strategy = self._resolved.strategy_for(self._strategy_name)
+        kept_by = chosen_trackers(self._resolved, trackers)
         super().__init__(self._strategy.setup())
         self._arithmetic = BatchArithmetic(self._resolved, self._world)
         self._accumulation = Accumulation(self._strategy, self._world, precision, self._arithmetic.steps_for)
+        self._record = Record(self._resolved, kept_by, self._accumulation)
         self._registered: list[Any] = []
         self._seeded_apart = False
         if self._settings.seed is not None:
             processes.seed_everything(self._settings.seed)
             self._strategy.seed(self._settings.seed, self._world)
-        self._finalizer = weakref.finalize(self, _end, self._strategy, self._world, self._accumulation)
+        self._finalizer = weakref.finalize(self, _end, self._strategy, self._accumulation, self._record)
         try:
             check_world(self._resolved, self._world)
             precision.check(self._world.device)
@@ -259,7 +266,7 @@ class Accelerator(Ranks):
         all. `keep_last` deletes the oldest ones beside it afterwards. Raises `StateError` on every rank if one fails,
         and inside an open accumulation window.
         """
-        step = max((link.num_steps for link in self._accumulation.optimizers), default=0)
+        step = self._record.steps_taken
         target = Path(path) if path is not None else self._checkpoints() / checkpoint.name_of(step)
         about = {"step": step, "strategy": self._strategy_name, "mixed_precision": self.mixed_precision}
         checkpoint.save(target.absolute(), self._accumulation, self._registered, about, keep_last=keep_last)
@@ -273,6 +280,7 @@ class Accelerator(Ranks):
         """
         if path is not None:
             checkpoint.load(Path(path).absolute(), self._accumulation, self._registered)
+            self._record.resumed()
             return Path(path)
         found = self.resume()
         if found is None:
@@ -281,7 +289,10 @@ class Accelerator(Ranks):
 
     def resume(self) -> Path | None:
         """Go on from the newest whole checkpoint in `project_dir`, if there is one; `None` if not. Collective."""
-        return checkpoint.resume(self._checkpoints().absolute(), self._accumulation, self._registered)
+        found = checkpoint.resume(self._checkpoints().absolute(), self._accumulation, self._registered)
+        if found is not None:
+            self._record.resumed()
+        return found
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Have `save_state` and `load_state` keep these too: objects with `state_dict` and `load_state_dict`."""
@@ -317,6 +328,22 @@ class Accelerator(Ranks):
         """The user's own module behind a prepared one; a module that was not prepared is returned as it is."""
         return self._accumulation.link(model).original if isinstance(model, View) else model
 
+    def log(
+        self,
+        values: Mapping[str, Any] | None = None,
+        step: int | None = None,
+        *,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Give numbers, scalar tensors, text, images, histograms or tables to the trackers, by name.
+
+        `step` is the optimizer steps taken, unless given. The main process logs its values; the others may call it too.
+        Nothing waits: numbers on a device are copied and read later. `config` holds what the script wants to
+        be remembered by. Raises `StepError` for a value of another kind, `ConfigurationError` where the trackers
+        need a `project_dir` and there is none.
+        """
+        self._record.log(values or {}, step, config)
+
     def explain(self) -> Explanation:
         """What was asked and what runs, every setting with its origin. Print it; not a collective."""
         return explain(self._resolved, self._strategy_name, self._accumulation, self._arithmetic)
@@ -333,8 +360,9 @@ class Accelerator(Ranks):
         self._finalizer()
 
 
-def _end(strategy: Strategy, world: World, accumulation: Accumulation) -> None:
+def _end(strategy: Strategy, accumulation: Accumulation, record: Record) -> None:
     """Free what was wrapped, then leave: threads of a process group that outlive their models abort the exit."""
+    record.close()
     accumulation.release()
     gc.collect()
-    strategy.teardown(world)
+    strategy.teardown(accumulation.world)

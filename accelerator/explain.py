@@ -13,7 +13,7 @@ from strategies.prepared.stream import Stream
 from strategies.sharding import Cut
 
 from .batch_arithmetic import BatchArithmetic
-from .config import Resolved
+from .config import Resolved, Settings
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def explain(resolved: Resolved, name: str, accumulation: Accumulation, arithmeti
         Row("seed_samples", str(settings.seed_samples), str(settings.seed_samples), origins["seed_samples"]),
         Row("seed", str(settings.seed), _seed(settings.seed), origins["seed"]),
         Row("project_dir", str(settings.project_dir), str(settings.project_dir), origins["project_dir"]),
+        Row("trackers", ", ".join(settings.trackers), _trackers(settings), origins["trackers"]),
         *_options(resolved, strategy, name),
         *(
             Row(f"model {index} {name}", "", words, "")
@@ -103,6 +104,12 @@ def _arithmetic(resolved: Resolved, arithmetic: BatchArithmetic) -> list[Row]:
         return [Row("gradient_accumulation_steps", steps, steps, origins["gradient_accumulation_steps"])]
     got = f"{arithmetic.steps} micro-batches a step" if arithmetic.has_loaders else "derived from the first loader"
     return [Row("global_batch_size", str(settings.global_batch_size), got, origins["global_batch_size"])]
+
+
+def _trackers(settings: Settings) -> str:
+    if settings.project_dir is None and settings.trackers == ("jsonl",):
+        return "nothing: no project_dir"
+    return ", ".join(settings.trackers) or "nothing"
 
 
 def _seed(seed: int | None) -> str:

@@ -84,6 +84,9 @@ class Settings:
     seed_samples: bool = setting(False, "the random draws of a sample depend on seed, epoch and index alone")
     seed: int | None = setting(None, "seed of every random number generator and of the order of the data", minimum=0)
     project_dir: str | None = setting(None, "where checkpoints and logs go, and accelerator.toml is looked for")
+    trackers: tuple[str, ...] = setting(
+        ("jsonl",), "what keeps the values that a loop logs: names, or package.module:Class"
+    )
     launch: LaunchSettings = field(default_factory=LaunchSettings)
     strategy_options: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: MappingProxyType({}))
 

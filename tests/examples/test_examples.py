@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,13 @@ def test_early_stopping() -> None:
     assert len(step) == 1
     assert f"rank 0 of 2 stopped after step {step[0]}\n" in output
     assert f"rank 1 of 2 stopped after step {step[0]}\n" in output
+
+
+def test_track_metrics() -> None:
+    assert run_example("track_metrics", 1) == promised("track_metrics")
+
+
+def promised(name: str) -> str:
+    """What the docstring of an example says that it prints, to its end."""
+    text = (EXAMPLES / f"{name}.py").read_text().split('"""')[1]
+    return textwrap.dedent(text.partition("xpected output:\n")[2]).strip() + "\n"
