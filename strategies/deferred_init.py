@@ -38,7 +38,7 @@ EMPTY = "_born_empty"  # of a parameter that waits to be loaded
 
 
 @contextmanager
-def record(device: torch.device, *, empty: bool = False) -> Iterator[None]:
+def record(device: torch.device, *, empty: bool = False) -> Iterator[Recording]:
     """Make tensors on the meta device in this block, and write down how.
 
     At its end the random generator of `device` stands where building the model there would have left it. With
@@ -67,7 +67,7 @@ def record(device: torch.device, *, empty: bool = False) -> Iterator[None]:
     setattr(torch.nn.init, TRUNC_NORMAL, noted)
     try:
         with AsIfReal(recording), Recorder(recording):
-            yield
+            yield recording
     finally:
         setattr(torch.nn.init, TRUNC_NORMAL, trunc_normal)
         for handle in handles:

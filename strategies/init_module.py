@@ -39,6 +39,10 @@ def born_on(device: torch.device, *, empty: bool) -> Iterator[None]:
 class _WithoutInit(TorchDispatchMode):
     """Passes over what overwrites a parameter."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `recording.Recorder`
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations here
         self._parameters: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used again

@@ -234,6 +234,10 @@ class Recording:
 class Recorder(TorchDispatchMode):
     """Passes every operation on and has it written down."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and torch would import its compiler to say so: seconds, and 70 MB
+
     def __init__(self, recording: Recording) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations here
         self._recording = recording

@@ -1,0 +1,87 @@
+"""Models built without memory for their weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from strategies.deferred_init import record, recording_of
+from strategies.errors import PrepareError
+from strategies.recording import Recording, default_dtype
+
+
+@contextmanager
+def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
+    """Build models in this block with their parameters on the meta device: shapes and dtypes, no memory.
+
+    Nothing is drawn for them, so it takes as long as running the constructor. Buffers have their numbers at the end
+    of the block; with `include_buffers` they stay on the meta device too, and loading gives those that no checkpoint
+    holds the numbers of the constructor. Random buffers wait for a checkpoint in either case.
+    """
+    modules: dict[int, nn.Module] = {}
+
+    def note(module: nn.Module, name: str, item: object) -> None:
+        modules[id(module)] = module
+        if isinstance(item, nn.Module):
+            modules[id(item)] = item
+
+    hooks = nn.modules.module
+    handles = [
+        hooks.register_module_parameter_registration_hook(note),
+        hooks.register_module_buffer_registration_hook(note),
+        hooks.register_module_module_registration_hook(note),
+    ]
+    try:
+        with record(torch.device("cpu"), empty=True) as recording:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    known: dict[int, Tensor] = {}
+    for module in modules.values():
+        _make_real(vars(module), known, recording)  # tensors that are no buffers: nothing could ever fill them
+        if not include_buffers:
+            _make_real(module._buffers, known, recording)
+
+
+def fill_buffers(model: nn.Module) -> None:
+    """Give buffers that are on the meta device the numbers of the constructor, if `init_empty_weights` saw it."""
+    known: dict[int, Tensor] = {}
+    for module in model.modules():
+        _make_real(module._buffers, known)
+
+
+def _make_real(holder: dict[str, Tensor | None], known: dict[int, Tensor], recording: Recording | None = None) -> None:
+    """Replace the meta tensors among the values of `holder` by real ones; one that is held twice stays one."""
+    for name, tensor in list(holder.items()):
+        if not isinstance(tensor, Tensor) or tensor.device.type != "meta":
+            continue
+        if id(tensor) not in known:
+            made_in = recording or _recording(tensor)
+            with contextlib.suppress(PrepareError):  # random
+                if made_in is not None and made_in.holds(tensor):
+                    known[id(tensor)] = made_in.value_of(tensor)
+        holder[name] = known.get(id(tensor), tensor)
+
+
+def _recording(tensor: Tensor) -> Recording | None:
+    holder = nn.Module()
+    holder.register_buffer("tensor", tensor)
+    try:
+        return recording_of(holder)
+    except PrepareError:  # made elsewhere, or written to since
+        return None
+
+
+@contextmanager
+def init_on_device(device: torch.device | str | int, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Make tensors on `device` in this block, floating-point ones in `dtype`, where nothing else is asked for."""
+    with contextlib.ExitStack() as stack:
+        if dtype is not None:
+            stack.enter_context(default_dtype(dtype))
+        stack.enter_context(torch.device(device))
+        yield

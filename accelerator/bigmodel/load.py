@@ -1,0 +1,237 @@
+"""Weights from files straight into a model, one tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from strategies.deferred_init import EMPTY
+from strategies.errors import StateError, listed
+from strategies.shards import copy_whole
+
+from . import pages
+from .build import fill_buffers
+from .files import tensors_of
+from .places import DeviceMap, check_device_map, device_of
+
+
+class IncompatibleKeys(NamedTuple):
+    """What did not meet, with `strict=False`: names of the model, and names of the checkpoint."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+@dataclass
+class _Slot:
+    """One tensor of a model, under all the names it has."""
+
+    tensor: Tensor
+    names: list[str] = field(default_factory=list)
+    holders: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+
+    def put(self, new: Tensor) -> None:
+        """Have the model hold `new`; a parameter that has memory stays the same object."""
+        old = self.tensor
+        if isinstance(old, nn.Parameter):
+            if not old.is_meta:
+                old.data = new
+                return
+            marks = {name: value for name, value in vars(old).items() if name not in (EMPTY, "_deferred_init")}
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+            vars(new).update(marks)
+        for holder, name in self.holders:
+            holder[name] = new
+        self.tensor = new
+
+
+def load_checkpoint_in_model(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Tensor],
+    device_map: DeviceMap | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    mmap: bool = True,
+) -> IncompatibleKeys:
+    """Fill `model`, on the meta device or not, from a checkpoint; every rank for itself.
+
+    `checkpoint`: a safetensors file, a file of `torch.save`, an index of either, or a folder with those or with one
+    tensor per file; or tensors by name. `device_map` says where weights go (see `infer_auto_device_map`), otherwise
+    they go where they are, and from the meta device to the CPU. They keep the dtype they have in the model, or get
+    `dtype` where they are floating-point. Memory: the model and its largest tensor.
+
+    With `mmap`, weights without memory that go to the CPU as they are in the file are mapped from it, copy-on-write:
+    loading reads nothing, and the file must not be overwritten in place afterwards (replacing it is fine). Weights on
+    `"disk"` always are; where the file has another dtype, they are written once more, to `offload_folder`.
+
+    Raises `StateError` before anything is changed: for a checkpoint that is damaged or unsafe; and, all together, for
+    names that are missing in it, unexpected, or of another shape or kind of number. With `strict=False` missing and
+    unexpected ones are returned instead.
+    """
+    slots = _slots(model)
+    if device_map is not None:
+        check_device_map(model, device_map)
+    where = str(checkpoint) if isinstance(checkpoint, str | os.PathLike) else "the tensors given"
+    found = tensors_of(checkpoint) if isinstance(checkpoint, str | os.PathLike) else dict(checkpoint)
+    result = _check(model, slots, found, where, strict=strict)
+    _check_folder(slots, found, device_map, dtype, offload_folder)
+    fill_buffers(model)
+    for slot in _slots(model):
+        name = next((name for name in slot.names if name in found), None)
+        if name is not None:
+            device = None if device_map is None else device_of(slot.names[0], device_map)
+            _fill(slot, found[name], device, dtype, offload_folder, mmap=mmap)
+    if strict:
+        _refuse_meta(model)
+    return result
+
+
+def _slots(model: nn.Module) -> list[_Slot]:
+    """Every parameter and persistent buffer once."""
+    slots: dict[int, _Slot] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        kept = {
+            name: value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set
+        }
+        for holder, tensors in ((module._parameters, module._parameters), (module._buffers, kept)):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                full = f"{prefix}.{name}" if prefix else name
+                if is_lazy(tensor):
+                    raise StateError(f"{full} has no shape yet; run the model once before loading it")
+                slot = slots.setdefault(id(tensor), _Slot(tensor))
+                slot.names.append(full)
+                slot.holders.append((holder, name))
+    return list(slots.values())
+
+
+def _check(
+    model: nn.Module, slots: list[_Slot], found: Mapping[str, Tensor], where: str, *, strict: bool
+) -> IncompatibleKeys:
+    known = {name for slot in slots for name in slot.names}
+    missing = [slot.names[0] for slot in slots if not any(name in found for name in slot.names)]
+    unexpected = [name for name in found if name not in known and not _is_derived(model, name)]
+    wrong = []
+    for slot in slots:
+        for name in slot.names:
+            if name in found and found[name].shape != slot.tensor.shape:
+                wrong.append(f"{name} is {_shape(found[name])} and should be {_shape(slot.tensor)}")
+            elif name in found and _kind(found[name]) != _kind(slot.tensor):
+                wrong.append(f"{name} is {_dtype(found[name])} and should be {_dtype(slot.tensor)}")
+    problems = [f"of another shape or kind: {'; '.join(wrong[:20])}"] if wrong else []
+    if strict or wrong:
+        problems += [f"missing: {listed(missing)}"] if missing else []
+        problems += [f"unexpected: {listed(unexpected)}"] if unexpected else []
+    if problems:
+        raise StateError(
+            f"{where!r} does not fit {type(model).__name__}, and nothing was loaded: {'. '.join(problems)}."
+            + (" strict=False leaves out what is missing or unexpected." if strict and not wrong else "")
+        )
+    return IncompatibleKeys(missing, unexpected)
+
+
+def _is_derived(model: nn.Module, name: str) -> bool:
+    """Whether `name` is a buffer that the model makes itself, which older files may still hold."""
+    prefix, _, attribute = name.rpartition(".")
+    try:
+        return attribute in model.get_submodule(prefix)._non_persistent_buffers_set
+    except AttributeError:
+        return False
+
+
+def _kind(tensor: Tensor) -> str:
+    return "floating" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "integer"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _wanted(slot: _Slot, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and slot.tensor.is_floating_point() else slot.tensor.dtype
+
+
+def _check_folder(
+    slots: list[_Slot],
+    found: Mapping[str, Tensor],
+    device_map: DeviceMap | None,
+    dtype: torch.dtype | None,
+    folder: str | os.PathLike[str] | None,
+) -> None:
+    """Raise `StateError` for weights that must be written again to rest on the disk, and have no place there."""
+    if device_map is None or folder is not None:
+        return
+    for slot in slots:
+        name = next((name for name in slot.names if name in found), None)
+        if name and device_of(slot.names[0], device_map) == "disk" and found[name].dtype != _wanted(slot, dtype):
+            raise StateError(
+                f"{name} is {_dtype(found[name])} in the checkpoint and {str(_wanted(slot, dtype))[6:]} in the model, "
+                "and is to rest on the disk, so it is written once more. Give offload_folder, or load the model in "
+                f"the checkpoint's own dtype (dtype={found[name].dtype})."
+            )
+
+
+def _fill(
+    slot: _Slot,
+    source: Tensor,
+    device: int | str | None,
+    dtype: torch.dtype | None,
+    folder: str | os.PathLike[str] | None,
+    *,
+    mmap: bool,
+) -> None:
+    target, wanted = slot.tensor, _wanted(slot, dtype)
+    if hasattr(target, EMPTY):
+        delattr(target, EMPTY)
+    if device == "disk":
+        slot.put(source if source.dtype == wanted else written(source.to(wanted), slot.names[0], folder))
+        return
+    place = torch.device("cpu" if target.is_meta else target.device) if device is None else torch.device(device)
+    if not target.is_meta and target.dtype == wanted and target.device == place:
+        copy_whole(source, target)
+    elif place.type == "cpu" and source.dtype == wanted and mmap:
+        slot.put(source)
+        return  # its pages are the model's
+    else:
+        slot.put(torch.empty_like(source, device=place, dtype=wanted).copy_(source))
+    pages.give_back(source)
+
+
+def written(tensor: Tensor, name: str, folder: str | os.PathLike[str] | None) -> Tensor:
+    """`tensor` written to a file of its own in `folder`, and mapped from there. Raises `StateError` if it cannot be."""
+    from safetensors.torch import save_file
+
+    if folder is None:
+        raise StateError(f"{name} is to rest on the disk and is in no file that can be mapped; give offload_folder")
+    path = Path(folder) / f"{name}.safetensors"
+    temporary = path.with_name(path.name + ".writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().contiguous()}, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StateError(f"{name} could not be written to {str(path)!r}: {error}") from error
+    return tensors_of(path)[name]
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise StateError(
+            f"{listed(left)} of {type(model).__name__} are on the meta device, and no checkpoint holds them. Build the "
+            "model inside `with init_empty_weights():`, which keeps what buffers are made of."
+        )

@@ -1,0 +1,65 @@
+"""Where the parts of a model are to be: device maps, read and checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from strategies.errors import ConfigurationError, listed
+
+Device = int | str  # the index of an accelerator, "cpu", "disk", or a device such as "cuda:1"
+DeviceMap = Mapping[str, Device]
+
+
+def device_of(name: str, device_map: DeviceMap) -> Device:
+    """Where the tensor or module `name` is to be: what the longest module name in front of it says."""
+    while name not in device_map:
+        if not name:
+            raise KeyError(name)
+        name = name.rpartition(".")[0]
+    return device_map[name]
+
+
+def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
+    """Raise `ConfigurationError` if a device map names what is not in the model, or leaves something of it out."""
+    tensors = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    tensors += [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)} | set(tensors)
+    problems = []
+    for name in device_map:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=1)
+            problems.append(f"{name!r} is not in it{f' (did you mean {near[0]!r}?)' if near else ''}")
+    left_out = [name for name in tensors if not _is_covered(name, device_map)]
+    if left_out:
+        problems.append(f"nothing says where {listed(left_out)} should be")
+    problems += [problem for device in dict.fromkeys(device_map.values()) if (problem := _problem(device))]
+    if problems:
+        raise ConfigurationError(f"device_map does not fit {type(model).__name__}: {'; '.join(problems)}")
+
+
+def _is_covered(name: str, device_map: DeviceMap) -> bool:
+    try:
+        device_of(name, device_map)
+    except KeyError:
+        return False
+    return True
+
+
+def _problem(device: Device) -> str | None:
+    if device in ("cpu", "disk"):
+        return None
+    expected = "expected the index of an accelerator, 'cpu', 'disk' or a device such as 'cuda:1'"
+    count = torch.accelerator.device_count()
+    if isinstance(device, int):
+        return None if 0 <= device < count else f"{device!r} is not there (accelerators: {count}); {expected}"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        return f"{device!r} is no place for weights; {expected}"
+    if found.type in ("meta", "xla"):
+        return f"{device!r} is no place for weights; {expected}"
+    return None if found.type == "cpu" or (found.index or 0) < count else f"{device!r} is not there; {expected}"
