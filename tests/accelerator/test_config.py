@@ -203,7 +203,6 @@ def test_none_takes_a_text_back(name: str) -> None:
     assert (settings.project_dir, settings.launch.rdzv_id) == (None, None)
 
 
-
 class TestStrategy:
     def test_options_build_the_dataclass(self, options_path: str) -> None:
         table = f'strategy = "{options_path}"\n["{options_path}"]\nflag = true\nratio = 2\nblocks = ["A", "B"]\n'
@@ -380,7 +379,7 @@ def test_importing_configuration_is_cheap(fresh: FreshProcesses) -> None:
 
 def test_the_reference_page_lists_every_setting_with_its_flag_variable_default_and_meaning() -> None:
     page = Path(__file__).parents[2].joinpath("docs/reference/configuration.md").read_text(encoding="utf-8")
-    shown = {"None": "none", "False": "false", "": '""'}
+    shown = {"None": "none", "False": "false", "": '""', "('jsonl',)": '["jsonl"]'}
     for name, (item, _) in catalogue().items():
         default = shown.get(str(item.default), str(item.default))
         row = [name.rpartition(".")[2], flag_of(name), variable_of(name), default]
