@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Mapping
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import LogsDest
+
+from .report import how_it_ended
 
 
 class Attempts(DefaultLogsSpecs):
     """Torch calls `reify` each time it starts the processes, which makes it the place to say so."""
 
-    def __init__(self, folder: str, max_restarts: int) -> None:
+    def __init__(self, folder: str, max_restarts: int, failures: FirstFailure) -> None:
         super().__init__(log_dir=folder)
         self._max_restarts = max_restarts
+        self._failures = failures
         self._restarts: int | None = None
+        self._ranks: dict[int, str] = {}  # by local rank, of the attempt that runs
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """Name the error files of one attempt; output goes where the launcher's own goes."""
         restarts = int(envs[0]["TORCHELASTIC_RESTART_COUNT"])
         if self._restarts is not None:
-            why = "the nodes of the job changed" if restarts == self._restarts else "a process failed"
+            why = "the nodes of the job changed" if restarts == self._restarts else self._failures.take(self._ranks)
             print(
                 f"accelerator launch: {why}; all processes start again (restart {restarts} of {self._max_restarts})",
                 file=sys.stderr,
                 flush=True,
             )
         self._restarts = restarts
+        self._ranks = {local_rank: variables["RANK"] for local_rank, variables in envs.items()}
         return super().reify(envs)
+
+
+class FirstFailure(logging.Filter):
+    """Keeps which process of this node failed first: the agent tells nobody but its log, for which this is a filter."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        super().__init__()
+        self._quiet = quiet
+        self._seen: tuple[int, int] | None = None  # local rank and exit code
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Note a failure; let its record pass unless the log is to be quiet."""
+        if str(record.msg).startswith("failed (exitcode: %s) local_rank: %s") and isinstance(record.args, tuple):
+            exit_code, local_rank = record.args[:2]
+            if isinstance(exit_code, int) and isinstance(local_rank, int):
+                self._seen = local_rank, exit_code
+        return not self._quiet
+
+    def take(self, ranks: Mapping[int, str]) -> str:
+        """Say which rank ended, and how, and forget it."""
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return "a process of another node failed"
+        local_rank, exit_code = seen
+        return f"rank {ranks[local_rank]} failed ({how_it_ended(exit_code)})"

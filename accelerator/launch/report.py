@@ -42,13 +42,18 @@ class Failure:
     @property
     def ending(self) -> str:
         """How the process ended, in words."""
-        if self.exit_code >= 0:
-            return f"exit code {self.exit_code}" + (f", {self.summary}" if self.summary else "")
-        try:
-            name = signal.Signals(-self.exit_code).name
-        except ValueError:
-            name = f"signal {-self.exit_code}"
-        return f"killed by {name}"
+        return how_it_ended(self.exit_code) + (f", {self.summary}" if self.summary and self.exit_code >= 0 else "")
+
+
+def how_it_ended(exit_code: int) -> str:
+    """An exit code in words; a negative one is that of a signal."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    return f"killed by {name}"
 
 
 def explain_failures(failures: Mapping[int, ProcessFailure], folder: Path) -> int:

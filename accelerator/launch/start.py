@@ -17,8 +17,8 @@ from .flags import Request
 from .plan import Plan, cores_here, make_plan
 from .report import explain_failures
 
+WATCHED = "torch.distributed.elastic.multiprocessing.api"
 NOISY = (
-    "torch.distributed.elastic.multiprocessing.api",
     "torch.distributed.elastic.multiprocessing.subprocess_handler",
     "torch.distributed.elastic.agent.server.api",
 )
@@ -60,9 +60,14 @@ def run(plan: Plan) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from .attempts import Attempts
+    from .attempts import Attempts, FirstFailure
 
-    with tempfile.TemporaryDirectory(prefix="accelerator-launch-") as folder, _agent_environment(plan), _quiet():
+    failures = FirstFailure(quiet="LOGLEVEL" not in os.environ)
+    with (
+        tempfile.TemporaryDirectory(prefix="accelerator-launch-") as folder,
+        _agent_environment(plan),
+        _quiet(failures),
+    ):
         config = LaunchConfig(
             min_nodes=plan.min_nodes,
             max_nodes=plan.max_nodes,
@@ -73,7 +78,7 @@ def run(plan: Plan) -> int:
             rdzv_configs=dict(plan.rdzv_conf),
             max_restarts=plan.max_restarts,
             local_addr=plan.local_addr,
-            logs_specs=Attempts(folder, plan.max_restarts),
+            logs_specs=Attempts(folder, plan.max_restarts, failures),
         )
         try:
             elastic_launch(config, sys.executable)("-u", *plan.command)
@@ -104,17 +109,17 @@ def _agent_environment(plan: Plan) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(failures: logging.Filter) -> Iterator[None]:
     """Keep the agent's own account of failures out of the way of ours; `LOGLEVEL` brings it back."""
-    if "LOGLEVEL" in os.environ:
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in NOISY]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    noisy = [] if "LOGLEVEL" in os.environ else [logging.getLogger(name) for name in NOISY]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
         logger.setLevel(logging.CRITICAL)
+    watched = logging.getLogger(WATCHED)
+    watched.addFilter(failures)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        watched.removeFilter(failures)
+        for logger, level in zip(noisy, levels, strict=True):
             logger.setLevel(level)

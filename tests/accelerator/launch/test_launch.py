@@ -267,7 +267,9 @@ def test_a_restart_after_a_kill_runs_to_the_end(launch: Launcher) -> None:
     )
     done = launch("--nproc-per-node", "2", "--max-restarts", "1", "train.py")
     assert done.returncode == 0
-    assert done.stderr == "accelerator launch: a process failed; all processes start again (restart 1 of 1)\n"
+    assert done.stderr == (
+        "accelerator launch: rank 1 failed (killed by SIGKILL); all processes start again (restart 1 of 1)\n"
+    )
     assert [(launch.folder / f"{rank}.done").read_text() for rank in range(2)] == ["4.0", "4.0"]
 
 
