@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import gradient_compression
 from .base import Strategy
 from .batch_norm import BatchNorm, broadcast_buffers, with_batch_norm
-from .errors import ConfigurationError
+from .errors import ConfigurationError, StepError, listed
 from .precision import Precision
 from .process_group import join, leave
 from .tree import move
@@ -122,10 +123,11 @@ class DDP(Strategy):
 
     def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
         """Gradients were averaged in backward; here ranks take rank 0's buffers, such as running means."""
-        if world.size == 1 or not self.broadcast_buffers:
-            return
         for model in wrapped:
-            broadcast_buffers(model)
+            if isinstance(model, DistributedDataParallel):
+                _refuse_unfinished(model)
+            if world.size > 1 and self.broadcast_buffers:
+                broadcast_buffers(model)
 
     def discard_gradients(self, wrapped: nn.Module) -> None:
         """What `no_sync` left is in `.grad`; DistributedDataParallel begins each forward anew."""
@@ -136,3 +138,23 @@ class DDP(Strategy):
     def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
         """Move each batch to the device."""
         return batches if world.device.type == "cpu" else (move(batch, world.device) for batch in batches)
+
+
+def _refuse_unfinished(wrapped: DistributedDataParallel) -> None:
+    """Raise `StepError` if a parameter had no part in the loss: torch then averages none of its bucket.
+
+    Torch itself says so at the next forward, when the optimizer has stepped with each rank's own gradients.
+    """
+    try:
+        wrapped.reducer._check_reducer_finalized()
+    except RuntimeError as error:
+        listed_indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        if listed_indices is None:
+            raise
+        trained = [name for name, parameter in wrapped.module.named_parameters() if parameter.requires_grad]
+        unused = [trained[int(index)] for index in listed_indices[1].split()]
+        raise StepError(
+            f"{listed(unused)} of {type(wrapped.module).__name__} had no part in the loss of the micro-batch that "
+            "closes the window, so DDP averaged no gradient of its bucket. Set find_unused_parameters=True (in [ddp], "
+            "or DDP(find_unused_parameters=True)), freeze what is never used, or use it in the loss."
+        ) from error

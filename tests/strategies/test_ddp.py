@@ -15,7 +15,7 @@ from accelerator import Accelerator
 from fresh_process import FreshProcesses
 from oracle import Case, Run, assert_equal, flat, make_data, make_model, sample_losses, train_plain, train_prepared
 from rank_pool import RankPool
-from strategies import DDP, ConfigurationError, PrepareError
+from strategies import DDP, ConfigurationError, PrepareError, StepError
 from torch_version import collectives_are_profiled
 
 CASE = Case(length=15, world=2, steps=3)
@@ -132,6 +132,32 @@ def test_unused_parameters_are_found(ranks: RankPool, steps: int) -> None:
         optimizer.zero_grad()
     for weights in ranks(train_branches, case):
         torch.testing.assert_close(weights, flat(model), rtol=1e-9, atol=1e-11)
+
+
+def step_with_a_layer_unused() -> tuple[str, Tensor]:
+    accelerator = Accelerator(DDP())
+    model = Branches()
+    before = flat(model)
+    model, optimizer = accelerator.prepare(model, sgd(model))
+    x, y, _ = make_data(Case(length=3)).tensors
+
+    def step() -> None:
+        with accelerator.accumulate(model):
+            accelerator.backward(sample_losses(lambda x: model(x, 0), x + accelerator.process_index, y).mean())  # type: ignore[arg-type]
+            optimizer.step()
+
+    with pytest.raises(StepError) as raised:
+        step()
+    return str(raised.value), flat(model) - before
+
+
+def test_an_unused_parameter_is_named_before_the_step(ranks: RankPool) -> None:
+    """Torch says so at the next forward: until then each rank would have trained with its own gradient."""
+    for message, change in ranks(step_with_a_layer_unused):
+        assert "layers.1" in message
+        assert "had no part in the loss" in message
+        assert "find_unused_parameters=True" in message
+        assert change.abs().max() == 0
 
 
 # -- one model on all ranks ------------------------------------------------------------------------------------
