@@ -25,6 +25,7 @@ from . import checkpoint, export, processes
 from .batch_arithmetic import BatchArithmetic
 from .choice import check_world, chosen_name
 from .config import NOT_GIVEN, NotGiven, given, resolve_settings
+from .debugging import Debugging
 from .explain import Explanation, explain
 from .ranks import Ranks
 from .record import Record, chosen_trackers, names_of
@@ -49,6 +50,7 @@ class Accelerator(Ranks):
     - `seed`: of Python's, NumPy's and torch's generators and of the order of the data.
     - `project_dir`: where the run's files go, and where `accelerator.toml` is looked for.
     - `trackers`: what keeps the values given to `log`: names such as `"jsonl"` or `"tensorboard"`, or `Tracker`s.
+    - `detect_nonfinite`: whether to stop where a NaN or an infinity first appears, and name the place.
     - `config`: the path of a configuration file.
 
     Raises `ConfigurationError` or `LaunchError` before any work is done.
@@ -67,6 +69,7 @@ class Accelerator(Ranks):
         seed: int | NotGiven | None = NOT_GIVEN,
         project_dir: str | os.PathLike[str] | NotGiven | None = NOT_GIVEN,
         trackers: Sequence[str | Tracker] | NotGiven = NOT_GIVEN,
+        detect_nonfinite: bool | NotGiven = NOT_GIVEN,
         config: str | os.PathLike[str] | None = None,
     ) -> None:
         code = given(
@@ -80,6 +83,7 @@ class Accelerator(Ranks):
             seed=seed,
             project_dir=project_dir if isinstance(project_dir, NotGiven | None) else os.fspath(project_dir),
             trackers=trackers if isinstance(trackers, NotGiven) else names_of(trackers),
+            detect_nonfinite=detect_nonfinite,
         )
         self._resolved = resolve_settings(code, config=config, environ=os.environ, directory=Path.cwd())
         self._settings = self._resolved.settings
@@ -91,6 +95,7 @@ class Accelerator(Ranks):
         self._arithmetic = BatchArithmetic(self._resolved, self._world)
         self._accumulation = Accumulation(self._strategy, self._world, precision, self._arithmetic.steps_for)
         self._record = Record(self._resolved, kept_by, self._accumulation)
+        self._debugging = Debugging(self._settings, self._accumulation)
         self._registered: list[Any] = []
         self._seeded_apart = False
         if self._settings.seed is not None:
@@ -122,6 +127,7 @@ class Accelerator(Ranks):
             seed_samples=self._settings.seed_samples,
         )
         prepared = prepare(objects, self._accumulation, seed=seed, options=options)
+        self._debugging.attach()
         self._arithmetic.add([item for item in prepared if isinstance(item, DataLoader)])
         if seed is not None and not self._seeded_apart and self._accumulation.models:
             self._seeded_apart = True

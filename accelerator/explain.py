@@ -80,6 +80,7 @@ def explain(resolved: Resolved, name: str, accumulation: Accumulation, arithmeti
         Row("seed", str(settings.seed), _seed(settings.seed), origins["seed"]),
         Row("project_dir", str(settings.project_dir), str(settings.project_dir), origins["project_dir"]),
         Row("trackers", ", ".join(settings.trackers), _trackers(settings), origins["trackers"]),
+        *_debugging(resolved),
         *_options(resolved, strategy, name),
         *(
             Row(f"model {index} {name}", "", words, "")
@@ -89,6 +90,13 @@ def explain(resolved: Resolved, name: str, accumulation: Accumulation, arithmeti
         *(Row(f"loader {index}", "", _loader(link), "") for index, link in enumerate(accumulation.loaders)),
     ]
     return Explanation(tuple(rows))
+
+
+def _debugging(resolved: Resolved) -> list[Row]:
+    """The settings that look for bugs, where any is on."""
+    names = [name for name in ("detect_nonfinite",) if getattr(resolved.settings, name)]
+    values = [(name, str(getattr(resolved.settings, name))) for name in names]
+    return [Row(name, value, value, resolved.origins[name]) for name, value in values]
 
 
 def _backend(world: World) -> str:

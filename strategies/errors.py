@@ -4,6 +4,7 @@
     ├── ConfigurationError      a setting is unknown, of the wrong type, or contradicts another
     ├── PrepareError            an object given to `prepare` cannot be prepared
     ├── StepError               the loop asked for something the step cannot do correctly
+    │   └── NonfiniteError      a NaN or an infinity appeared, with `detect_nonfinite`
     ├── DataError               a dataloader cannot be sharded, or ranks disagree about it
     ├── StateError              saved weights or a checkpoint do not fit, or cannot be read or written
     ├── CollectiveError         a collective cannot give a right answer
@@ -34,6 +35,10 @@ class PrepareError(AcceleratorError, ValueError):
 
 class StepError(AcceleratorError, RuntimeError):
     """`backward`, `step` or `accumulate` was used in a way that would change the mathematics."""
+
+
+class NonfiniteError(StepError):
+    """A NaN or an infinity appeared in forward, backward or update. Only with `detect_nonfinite`; on every rank."""
 
 
 class DataError(AcceleratorError, RuntimeError):

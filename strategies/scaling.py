@@ -71,6 +71,11 @@ class LossScaler:
         self.begin_window()
         return self._scaler.get_scale()
 
+    @property
+    def current(self) -> float:
+        """The scale of the window that is open, or was last. Waits for the device."""
+        return self._scaler.get_scale()
+
     def state_dict(self) -> dict[str, float | int]:
         """The scale and its growth, between windows."""
         self.begin_window()

@@ -87,6 +87,7 @@ class Settings:
     trackers: tuple[str, ...] = setting(
         ("jsonl",), "what keeps the values that a loop logs: names, or package.module:Class"
     )
+    detect_nonfinite: bool = setting(False, "stop where a NaN or an infinity first appears, and name the place")
     launch: LaunchSettings = field(default_factory=LaunchSettings)
     strategy_options: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: MappingProxyType({}))
 

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from .. import collectives, seeded
 from ..errors import DataError
 from ..lockstep import Step
-from ..sharding import ComputedOrder
+from ..sharding import ComputedOrder, Cut
 from ..sources import Cursor
 from ..tree import num_samples
 from .position import Position, describe, describe_stream, read, read_stream
@@ -150,6 +151,14 @@ class DataLoaderLink:
             cursor.is_open = False
             sources.close(cursor)
         self._check_trained(cursor)
+
+    def indices(self, cursor: Cursor, batch: int) -> list[Any] | None:
+        """Which samples this rank has in a batch of the pass `cursor`, as the dataset counts; `None` if not known."""
+        source, cut = self.source, cursor.cut
+        if isinstance(source, Stream) or not isinstance(cut, Cut) or not 0 <= batch < cut.num_batches:
+            return None
+        positions = np.arange(*cut.bounds(batch, cursor.rank), dtype=np.int64)
+        return source.order.indices(positions, cursor.epoch)
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         """`batches`, each announced to observers, if there are any when the pass begins, before it is waited for."""

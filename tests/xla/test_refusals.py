@@ -40,6 +40,14 @@ CASES = {
         "model = torch.nn.Linear(3, 3)\nmodel.bias.register_hook(print)\nAccelerator('xla').prepare(model)",
         "PrepareError: bias of Linear has hooks, and moving it to torch_xla makes a new parameter without",
     ),
+    "a value that is not finite": (
+        "accelerator = Accelerator('xla', detect_nonfinite=True)\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Threshold(1e30, float('inf')))\n"
+        "model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))\n"
+        "accelerator.backward(model(torch.ones(4, 64, device=accelerator.device)).mean())\n"
+        "optimizer.step()",
+        r"NonfiniteError: .* on rank 0 in forward: the output of 1 \(Threshold\) of Sequential",
+    ),
     "processes that were asked for": (
         "import os\nos.environ['ACCELERATOR_LAUNCH__NPROC_PER_NODE'] = '2'\nAccelerator('xla')",
         "LaunchError: launch.nproc_per_node is 2 .*2 processes asked for, 1 found",
