@@ -127,28 +127,49 @@ class Accumulation:
     def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
         """Loss scales and mean weights of all windows, by the names of their models (`names`, by identity).
 
-        Raises `StateError` inside an open window, whose gradients are not in it.
+        Raises `StateError` inside a micro-batch.
         """
-        if self.current is not None or self.open_windows():
+        if self.current is not None:
             raise StateError(
-                "a checkpoint was asked for inside an open accumulation window, whose gradients it does not hold. Save "
-                "after accumulate(), where accelerator.sync_gradients is true."
+                "a checkpoint was asked for inside accumulate(), where a micro-batch is half done. Save after the "
+                "block."
             )
         return {
             "scalers": {_joined(models, names): scaler.state_dict() for models, scaler in self._scalers.items()},
             "units": {_joined(models, names): window.weighting.unit for models, window in self._shared.items()},
         }
 
+    def open_state(self, names: Mapping[int, str]) -> dict[str, tuple[dict[str, Any], dict[str, dict[str, Tensor]]]]:
+        """The open windows of this rank by the names of their models: their state, and gradients by model and name."""
+        found = {}
+        for window in self.open_windows():
+            gradients = {names[id(model)]: self.strategy.open_gradients(model.wrapped) for model in window.models}
+            found[_joined(window.models, names)] = window.state_dict(), gradients
+        return found
+
     def load_state_dict(self, state: Mapping[str, Any], models: Mapping[str, ModelLink]) -> None:
         """Go on with the scales and weights of `state`; `models` are by the names that it uses."""
+        for window in self.open_windows():  # what it has summed belongs to the run that is left
+            window.closing = True
+            for model in window.models:
+                self.strategy.set_open_gradients(model.wrapped, {}, self.world)
         self.forget_windows()
         for joined, values in state["scalers"].items():
             if self.precision.scales_loss:
-                links = tuple(models[name] for name in joined.split("+"))
+                links = self._links(joined, models)
                 self._scalers.setdefault(links, LossScaler(self.world)).load_state_dict(values)
         for joined, unit in state["units"].items():
-            links = tuple(models[name] for name in joined.split("+"))
-            self._make_window(links).weighting.unit = unit
+            self._make_window(self._links(joined, models)).weighting.unit = unit
+
+    def load_open_state(
+        self, joined: str, states: Sequence[Mapping[str, Any]], models: Mapping[str, ModelLink]
+    ) -> None:
+        """Go on inside a window; `states` are those that all ranks had."""
+        self._shared[self._links(joined, models)].load_state_dict(states)
+
+    def _links(self, joined: str, models: Mapping[str, ModelLink]) -> tuple[ModelLink, ...]:
+        named = [models[name] for name in joined.split("+")]
+        return tuple(link for link in self.models if link in named)
 
     def optimizers_of(self, models: Sequence[ModelLink]) -> list[OptimizerLink]:
         """The optimizers that hold parameters of any of `models`."""

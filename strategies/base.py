@@ -1,7 +1,7 @@
 """The contract between a training loop and its hardware: ten methods a strategy must write.
 
 A strategy is a frozen dataclass: its fields are its settings, its methods are its behaviour. The first ten
-methods below are abstract, so that one an author forgets fails at construction and not in a run. The last three
+methods below are abstract, so that one an author forgets fails at construction and not in a run. The others
 are right for any strategy that places a whole model on one device.
 Everything that all strategies share (finding parameters again after wrapping, gating the optimizer,
 cutting the data) is written once, in `strategies.prepared`, and is not for a subclass to replace.
@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .init_module import born_on
 from .precision import Precision
@@ -97,6 +97,19 @@ class Strategy(ABC):
         With `empty`, they hold NaN: they will be loaded.
         """
         return born_on(world.device, empty=empty)
+
+    def open_gradients(self, wrapped: nn.Module) -> dict[str, Tensor]:
+        """The gradients that an open window has summed on this rank, by the names of their parameters.
+
+        Whole ones are not averaged over ranks yet; those that are cut over ranks are. Not a collective.
+        """
+        named = self.unwrap(wrapped).named_parameters()
+        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
+    def set_open_gradients(self, wrapped: nn.Module, gradients: Mapping[str, Tensor], world: World) -> None:
+        """Go on with an open window that has summed `gradients`: whole, and not averaged over ranks yet. Collective."""
+        for name, parameter in self.unwrap(wrapped).named_parameters():
+            parameter.grad = gradients[name].to(parameter) if name in gradients else None
 
     def seed(self, value: int, world: World) -> None:  # noqa: B027  # nothing to do is right for most
         """Seed the generators of devices that `torch.manual_seed` does not reach. Called where a seed is configured."""

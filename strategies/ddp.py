@@ -96,6 +96,8 @@ class DDP(Strategy):
             gradient_as_bucket_view=self.gradient_as_bucket_view,
             bucket_cap_mb=self.bucket_cap_mb,
         )
+        if world.size > 2 and not (self.find_unused_parameters or self.static_graph):
+            _keep_buckets(wrapped)
         gradient_compression.register(wrapped, self.comm_hook, rank=self.power_sgd_rank, start=self.power_sgd_start)
         if self.init_sync:
             self.reduce_gradients([wrapped], world)
@@ -158,3 +160,22 @@ def _refuse_unfinished(wrapped: DistributedDataParallel) -> None:
             "closes the window, so DDP averaged no gradient of its bucket. Set find_unused_parameters=True (in [ddp], "
             "or DDP(find_unused_parameters=True)), freeze what is never used, or use it in the loss."
         ) from error
+
+
+def _keep_buckets(wrapped: DistributedDataParallel) -> None:
+    """Have gradients travel in the same buckets from the first step on, in the reverse order of parameters. Collective.
+
+    torch orders its buckets anew after the first backward, and where an element is in its bucket decides in which order
+    three or more ranks are summed: a resumed run would differ from one that never stopped in the last bits of its first
+    step. Here a backward of zeros in that order comes first, so that the new buckets are the old ones.
+    """
+    parameters = [parameter for parameter in wrapped.module.parameters() if parameter.requires_grad]
+    if any(getattr(module, "sparse", False) for module in wrapped.module.modules()):
+        return  # a bucket of sparse gradients takes no others
+    if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters):
+        return  # the user's own hooks expect gradients of a loss
+    wrapped.reducer.prepare_for_backward([])
+    for parameter in reversed(parameters):
+        parameter.expand_as(parameter).backward(torch.zeros_like(parameter))
+    for parameter in parameters:
+        parameter.grad = None

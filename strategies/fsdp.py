@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import blocks, deferred_init
@@ -24,9 +24,12 @@ from .process_group import join, leave
 from .sharded_model import (
     average,
     discard,
+    held_gradients,
+    hold_gradients,
     refuse_sharded,
     refuse_uneven_use,
     return_no_views,
+    set_averaged,
     settle,
     take_from_rank_0,
 )
@@ -242,6 +245,18 @@ class FSDP(Strategy):
     def discard_gradients(self, wrapped: nn.Module) -> None:
         """Forget what an aborted forward or backward left: gathered parameters, gradients of an open window."""
         discard(wrapped)
+
+    def open_gradients(self, wrapped: nn.Module) -> dict[str, Tensor]:
+        """Whole gradients from where `fully_shard` keeps them, or with `reduce_every_micro_batch` cut ones."""
+        return super().open_gradients(wrapped) | held_gradients(wrapped)
+
+    def set_open_gradients(self, wrapped: nn.Module, gradients: Mapping[str, Tensor], world: World) -> None:
+        """Put them back there; with `reduce_every_micro_batch`, averaged and cut."""
+        if self.reduce_every_micro_batch:
+            set_averaged(wrapped, gradients, world)
+        else:
+            rest = hold_gradients(wrapped, gradients)
+            super().set_open_gradients(wrapped, rest, world)
 
     def mark_step(self, world: World) -> None:
         """Operations run as they are called."""

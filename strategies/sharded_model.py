@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from . import collectives
 from .blocks import class_name
 from .errors import PrepareError, StepError
-from .shards import is_sharded
+from .shards import cut_like, is_sharded
 from .tree import iterate_leaves, map_tensors
 from .world import World
 
@@ -71,6 +71,53 @@ def discard(model: nn.Module) -> None:
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):
                     parameter._unsharded_param.grad = None
+
+
+def held_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients that are whole and wait for their reduction, by the names of their parameters."""
+    found = {}
+    for name, known in _named(model):
+        gradient = known.unsharded_accumulated_grad
+        if gradient is None and hasattr(known, "_unsharded_param"):
+            gradient = known._unsharded_param.grad
+        if gradient is not None:
+            found[name] = gradient
+    return found
+
+
+def hold_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Have whole gradients wait for their reduction; return those of parameters that are not sharded."""
+    rest = dict(gradients)
+    for name, known in _named(model):
+        gradient = rest.pop(name, None)
+        if hasattr(known, "_unsharded_param"):
+            known._unsharded_param.grad = None
+        if gradient is not None:
+            dtype = known.reduce_dtype or known.param_dtype or known.orig_dtype
+            gradient = gradient.to(device=known.device, dtype=dtype)
+        known.unsharded_accumulated_grad = gradient
+    return rest
+
+
+def set_averaged(model: nn.Module, gradients: Mapping[str, Tensor], world: World) -> None:
+    """Average whole gradients over ranks, and give each sharded parameter its part. Collective."""
+    for name, parameter in model.named_parameters():
+        if not is_sharded(parameter):
+            parameter.grad = gradients[name].to(parameter) if name in gradients else None
+            continue
+        whole = Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device))
+        whole.grad = gradients[name].to(whole) if name in gradients else None
+        average(whole, world)
+        parameter.grad = None if whole.grad is None else cut_like(whole.grad, parameter).to(parameter.device)
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What `fully_shard` knows of each sharded parameter, with its name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in _sharded_modules(model):
+        for group in _groups(module):
+            for known in group.fsdp_params:
+                yield names[id(known.sharded_param)], known
 
 
 def return_no_views(model: nn.Module, inputs: Any, outputs: Any) -> Any:

@@ -11,7 +11,9 @@ in place of N, and the gradients are rescaled once by the true sum when the wind
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,6 +108,29 @@ class Weighting:
             self.unit = torch.where(some, total / self._num_parts, self.unit)
         scaled = self._reference / total.clamp(min=torch.finfo(total.dtype).tiny)
         return torch.where(some, scaled, torch.zeros_like(total))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an open window has weighed on this rank, in plain numbers. Waits for the device if they are there."""
+        numbers = {name: getattr(self, f"_{name}") for name in ("reference", "sum", "last")} | {"unit": self.unit}
+        plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in numbers.items()}
+        return plain | {"num_parts": self._num_parts, "deferred": self._deferred, "explicit": self._explicit}
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]], *, counts_micro_batches: bool) -> None:
+        """Go on with the states that all ranks had: this rank's, or a share of all where they were more or fewer.
+
+        `counts_micro_batches`: a micro-batch weighs 1 on every rank, however many there are.
+        """
+        same = len(states) == self._world.size
+        mine = states[self._world.rank if same else 0]
+        self.unit, self._last, self._explicit = mine["unit"], mine["last"], mine["explicit"]
+        self._num_parts, self._reference = mine["num_parts"], mine["reference"]
+        self._deferred, self._sum = mine["deferred"], mine["sum"]
+        if not same:
+            self._deferred = any(state["deferred"] for state in states)
+            self._sum = sum(state["sum"] for state in states) / self._world.size
+            if counts_micro_batches and self._reference is not None:
+                scale = self._world.size / len(states)
+                self._reference, self._sum = self._reference * scale, self._sum * scale
 
     def _given(self, weight: float | Tensor, cursor: Cursor | None, again: bool) -> float | Tensor:
         """An explicit weight as it counts here, with a reference for it."""

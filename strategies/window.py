@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from .weighting import Weighting
 
 if TYPE_CHECKING:
     from .accumulation import Accumulation
+    from .prepared.dataloader import DataLoaderLink
     from .prepared.model import ModelLink
     from .prepared.optimizer import OptimizerLink
 
@@ -53,6 +54,8 @@ class Window:
         self._contexts: list[AbstractContextManager[Any]] = []  # not an ExitStack: those cost 2 us a micro-batch
         self._frozen: list[Tensor] = []
         self._cannot_go_on: StepError | None = None
+        self._restored = False  # whether its first micro-batches were in another process
+        self._expected: DataLoaderLink | None = None  # the loader that then gives the next one
 
     def on(self, loader: DataLoader[Any] | None) -> Window:
         """This window, its next micro-batch taken from `loader`; from the loop's own loader with `None`."""
@@ -71,6 +74,8 @@ class Window:
             if self._cannot_go_on is not None:
                 raise self._cannot_go_on
             self._begin(cursor, accumulation.steps_for(cursor))
+        elif self._restored:
+            self._go_on(cursor)
         elif cursor is not self._cursor or (cursor is not None and cursor.index != self._first_index + self.count):
             self.weighting.leave_plan()  # a skipped batch, a part of one, another loader
         self._cursor = cursor
@@ -156,6 +161,50 @@ class Window:
             raise lost from error
         for observer in self.accumulation.observers:
             observer.backward_ended(self, loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an open window is on this rank, less its gradients: numbers, and the loader that it takes from."""
+        link = None if self._cursor is None else self._link(self._cursor)
+        return {
+            "steps": self.steps,
+            "count": self.count,
+            "loader": link,
+            "global_batch": self._global_batch(link),
+            "is_latest": self.accumulation.latest is self,
+            "weighting": self.weighting.state_dict(),
+        }
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on inside a window with the states that all ranks had; on more or fewer of them, up to as many samples."""
+        mine = states[0]
+        link = self._expected = mine["loader"]
+        self.weighting.load_state_dict([state["weighting"] for state in states], counts_micro_batches=link is None)
+        self.closing, self.count, self.steps, self.num_backward = False, mine["count"], mine["steps"], 1
+        left, here = (self.steps - self.count) * mine["global_batch"], self._global_batch(link)
+        self.steps = self.count + -(-left // here)
+        if left % here:  # it ends later than was planned
+            self.weighting.leave_plan()
+        self._restored = True
+        self._become_latest(is_latest=mine["is_latest"])
+
+    def _go_on(self, cursor: Cursor | None) -> None:
+        """Take up the first batch after what was restored."""
+        self._restored = False
+        link = None if cursor is None else self._link(cursor)
+        if link is not self._expected or (cursor is not None and cursor.index > 0):
+            self.weighting.leave_plan()
+        self._expected = None
+        self._first_index = -1 if cursor is None else cursor.index - self.count
+
+    def _link(self, cursor: Cursor) -> DataLoaderLink | None:
+        of_loader = getattr(cursor.loader, "_link", None)
+        return next((link for link in self.accumulation.loaders if link is of_loader), None)
+
+    def _global_batch(self, link: DataLoaderLink | None) -> int:
+        """Samples, or batches of a batch sampler, in one micro-batch over all ranks; 1 where nobody can know."""
+        if link is None:
+            return 1
+        return link.global_batch_size or self.accumulation.world.size
 
     def _check_forward(self) -> None:
         """Ranks synchronise one backward per forward of the prepared model; the gradient of others would stay local."""
@@ -248,10 +297,11 @@ class Window:
         self.stepped.clear()
         self.count = 0
 
-    def _become_latest(self) -> None:
+    def _become_latest(self, *, is_latest: bool = True) -> None:
         for optimizer in self.optimizers:
             optimizer.window = self
-        self.accumulation.latest = self
+        if is_latest:
+            self.accumulation.latest = self
 
     def _abandon(self) -> None:
         """Drop the window in which an exception arose: what its gradients hold by now is nobody's mean."""

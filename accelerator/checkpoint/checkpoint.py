@@ -20,7 +20,7 @@ from strategies.accumulation import Accumulation
 from strategies.errors import StateError
 
 from . import folder as folders
-from . import random_state, tensors
+from . import random_state, tensors, windows
 from .content import Content
 from .encode import decode, encode
 
@@ -39,7 +39,10 @@ def save(
     """
     world = accumulation.world
     hidden = folders.hidden_beside(target)
-    state, found = _together(lambda: Content(accumulation, registered).collect(), world)
+    content = _together(lambda: Content(accumulation, registered), world)
+    state, found = _together(content.collect, world)
+    open_windows = _together(lambda: windows.collect(content, accumulation, found), world)
+    state["windows"] = collectives.all_gather_objects(open_windows, world)
     state["random"] = collectives.all_gather_objects(encode(random_state.read(world), "random", {}), world)
     with contextlib.ExitStack() as stack:
         _together(lambda: stack.enter_context(_only_writer(target.parent, world)), world)
@@ -111,11 +114,13 @@ def _load(path: Path, manifest: dict[str, Any], accumulation: Accumulation, regi
             raise StateError(f"{str(path / _STATE)!r} cannot be read: {error!r}") from error
         index = tensors.index_of(path / _TENSORS)
         content.check(state, index)
+        windows.check(state["windows"], index, accumulation.precision.mode, manifest.get("mixed_precision", ""))
         return content, state, content.targets(state, index)
 
     content, state, targets = _together(prepared, world)
     tensors.read(targets, path / _TENSORS, world)
     content.apply(state, targets)
+    windows.restore(state["windows"], path / _TENSORS, content, accumulation)
     if not random_state.restore([decode(one, {}) for one in state["random"]], world) and world.is_main:
         _log.warning(
             "the checkpoint was written on %d processes and is read on %d: random numbers, such as dropout's, go on "

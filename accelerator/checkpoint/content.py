@@ -1,7 +1,7 @@
 """What is in a checkpoint: every prepared and registered object by its name, as JSON and tensors.
 
-Names come from the objects, never from the order in which they were prepared: parameters are called as in their
-model, an optimizer's state by its parameters.
+Names come from the objects: parameters are called as in their model, an optimizer's state by its parameters. The order
+of `prepare` counts only among objects that are called alike, such as two models of one class.
 """
 
 from __future__ import annotations
@@ -26,22 +26,18 @@ class Content:
 
     def __init__(self, accumulation: Accumulation, registered: Sequence[Any]) -> None:
         self._accumulation = accumulation
-        self.models = _named([(link.name, link) for link in accumulation.models], "models")
-        self._model_names = {id(link): name for name, link in self.models.items()}
-        self.optimizers = _named(
-            [(f"{type(link.original).__name__} of {self._trained(link)}", link) for link in accumulation.optimizers],
-            "optimizers",
+        self.models = _numbered((link.name, link) for link in accumulation.models)
+        self.model_names = {id(link): name for name, link in self.models.items()}
+        self.optimizers = _numbered(
+            (f"{type(link.original).__name__} of {self._trained(link)}", link) for link in accumulation.optimizers
         )
         optimizer_names = {id(link): name for name, link in self.optimizers.items()}
-        self.schedulers = _named(
-            [
-                (f"{type(link.original).__name__} of {optimizer_names[id(link.optimizer)]}", link)
-                for link in accumulation.schedulers
-            ],
-            "schedulers",
+        self.schedulers = _numbered(
+            (f"{type(link.original).__name__} of {optimizer_names[id(link.optimizer)]}", link)
+            for link in accumulation.schedulers
         )
         self.loaders = _numbered([(_name_of_loader(link.original), link) for link in accumulation.loaders])
-        self.registered = _named([(type(item).__name__, item) for item in registered], "registered objects")
+        self.registered = _numbered((type(item).__name__, item) for item in registered)
 
     def _trained(self, optimizer: Any) -> str:
         return "+".join(name for name, link in self.models.items() if link in optimizer.models)
@@ -66,7 +62,7 @@ class Content:
             "registered": {
                 name: encode(item.state_dict(), f"registered/{name}", tensors) for name, item in self.registered.items()
             },
-            "step": encode(self._accumulation.state_dict(self._model_names), "step", tensors),
+            "step": encode(self._accumulation.state_dict(self.model_names), "step", tensors),
         }
         return state, tensors
 
@@ -100,7 +96,7 @@ class Content:
 
     def _parameter_names(self, optimizer: Any) -> dict[int, str]:
         return {
-            id(parameter): f"{self._model_names[id(model)]}.{name}"
+            id(parameter): f"{self.model_names[id(model)]}.{name}"
             for model in optimizer.models
             for name, parameter in model.original.named_parameters()
         }
@@ -155,7 +151,7 @@ class Content:
             for parameter_name, values in state["optimizers"][name]["state"].items():
                 for tensor in names_of_tensors(values):
                     targets[tensor] = _like(parameters[parameter_name], *index[tensor])
-        for tensor in names_of_tensors(dict(state)):
+        for tensor in names_of_tensors({kind: value for kind, value in state.items() if kind != "windows"}):
             if tensor not in targets:
                 shape, dtype = index[tensor]
                 targets[tensor] = torch.empty(shape, dtype=dtype)
@@ -201,19 +197,8 @@ def _like(parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def _named(pairs: Iterable[tuple[str, Any]], kind: str) -> dict[str, Any]:
-    pairs = list(pairs)
-    doubled = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if doubled:
-        raise StateError(
-            f"a checkpoint tells {kind} apart by name, and there are several called {', '.join(doubled)}. Give their "
-            "classes different names: class Critic(Net): ..."
-        )
-    return dict(pairs)
-
-
 def _numbered(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Loaders over data of one class and length are told apart by the order in which they were prepared."""
+    """What has one name (models of one class, say) is told apart by the order in which it was prepared."""
     seen: Counter[str] = Counter()
     numbered = {}
     for name, item in pairs:

@@ -177,17 +177,6 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     accelerator.save_state()
 
 
-def test_an_open_window_is_refused(tmp_path: Path) -> None:
-    accelerator = Accelerator(CPU(), gradient_accumulation_steps=2, project_dir=tmp_path)
-    net = Net(4, 3)
-    model, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
-    with accelerator.accumulate(model):
-        accelerator.backward(model(torch.ones(2, 4)).sum())
-        optimizer.step()
-    with pytest.raises(StateError, match="inside an open accumulation window"):
-        accelerator.save_state()
-
-
 KILLED = """
 import os, signal, sys, threading, torch
 from accelerator import Accelerator
@@ -277,10 +266,21 @@ def test_bad_input(tmp_path: Path) -> None:
         accelerator.save_state()
     with pytest.raises(PrepareError, match="got int; expected objects with state_dict"):
         accelerator.register_for_checkpointing(3)
-    for _ in range(2):
-        accelerator.prepare(Net(2, 2))
-    with pytest.raises(StateError, match=r"there are several called Net\. Give their classes different names"):
-        accelerator.save_state(tmp_path / "here")
+
+
+def test_two_models_of_one_class_are_told_apart_by_their_order(tmp_path: Path) -> None:
+    accelerator = Accelerator(CPU(), project_dir=tmp_path)
+    first, second = Net(4, 3), Net(4, 3)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=rate) for net, rate in ((first, 0.1), (second, 0.2))]
+    accelerator.prepare(first, second, *optimizers)
+    accelerator.save_state()
+    kept = [net.weight.clone() for net in (first, second)]
+    for net in (first, second):
+        nn.init.zeros_(net.weight)
+    optimizers[1].param_groups[0]["lr"] = 9.0
+    accelerator.load_state()
+    assert [torch.equal(net.weight, value) for net, value in zip((first, second), kept, strict=True)] == [True, True]
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [0.1, 0.2]
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
