@@ -16,8 +16,9 @@ from strategies import World, collectives
 from strategies.errors import StateError
 from strategies.shards import whole
 
+from .byte_sizes import number_of_bytes
+
 INDEX = "model.safetensors.index.json"
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def state_dict(model: nn.Module, world: World, *, sharded: bool) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], world: World, *, max_
 
     Rank 0 writes, and holds one file of at most `max_shard_size` bytes at a time. Tied weights are written once.
     """
-    limit = _number_of_bytes(max_shard_size)
+    limit = max(number_of_bytes(max_shard_size, "max_shard_size"), 1)  # at 0, a file for each tensor
     state = _without_ties(model)
     files = _files(state, limit)
     target = Path(folder)
@@ -123,12 +124,3 @@ def _on_main(write: Callable[[], Any], target: Path, world: World) -> None:
     reason = collectives.broadcast(reason, world)
     if reason is not None:
         raise StateError(f"save_model could not write to {str(target)!r}: {reason}")
-
-
-def _number_of_bytes(size: int | str) -> int:
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B?)\s*", str(size), re.IGNORECASE)
-    if found is None or isinstance(size, bool) or float(found[1]) <= 0:
-        raise StateError(f"max_shard_size is {size!r}; expected a number of bytes or a text such as '5GB' or '500MiB'")
-    return int(float(found[1]) * _UNITS[found[2].upper()])

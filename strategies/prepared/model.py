@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ..accumulation import Accumulation
 
 
+DISPATCHED = "_dispatched"  # of a model whose weights a device map spreads
+
+
 class PreparedModel(View):
     """What comes before the user's own methods in a prepared model."""
 
@@ -164,6 +167,14 @@ def prepare_model(model: nn.Module, accumulation: Accumulation) -> nn.Module:
         raise PrepareError(
             f"{type(model).__name__} is already parallel. Give the module inside it (model.module); "
             "the strategy wraps it."
+        )
+    spread = set((getattr(model, "hf_device_map", None) or {}).values())  # how Accelerate and transformers mark theirs
+    if getattr(model, DISPATCHED, None) is not None or len(spread) > 1:
+        raise PrepareError(
+            f"{type(model).__name__} is dispatched: a device map says where its weights are, and they come and go, "
+            "so no strategy can place or synchronise them. Use it for inference without prepare(); or prepare only the "
+            "adapters, as a module of their own; or call remove_dispatch(model), or do not dispatch it, and "
+            "cut it over processes with strategy='fsdp'."
         )
     link = ModelLink(model, accumulation)
     accumulation.models.append(link)

@@ -243,7 +243,7 @@ def test_a_failed_save_is_told_to_every_rank(ranks: RankPool, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     outcomes = ranks(save_whole, DDP(), str(tmp_path / "file"), "5GB", nproc=2, return_exceptions=True)
     assert all("save_model could not write to" in str(outcome) for outcome in outcomes)
-    with pytest.raises(StateError, match="max_shard_size is 'much'; expected a number of bytes"):
+    with pytest.raises(ConfigurationError, match="max_shard_size is 'much'; expected a number of bytes"):
         ranks(save_whole, CPU(), str(tmp_path), "much", nproc=1)
 
 

@@ -1,0 +1,404 @@
+"""A model whose weights are in several places, run as if they were in one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from accelerator.byte_sizes import in_words, number_of_bytes
+from strategies.errors import ConfigurationError, PrepareError, StepError, listed
+from strategies.prepared.model import DISPATCHED
+from strategies.tree import iterate_tensors, move
+
+from . import pages
+from .device_map import Kind, infer_auto_device_map
+from .load import load_checkpoint_in_model, written
+from .parts import Part, parts_of
+from .places import Device, DeviceMap, check_device_map, device_of
+from .residency import Copies, Holding, MappedPages, Residency, as_view_of
+
+
+@dataclass
+class Dispatched:
+    """What `dispatch_model` did to a model, so that it can be undone."""
+
+    device_map: dict[str, Device]
+    main_device: torch.device
+    residency: Residency | None = None
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PrepareError("a dispatched model cannot be copied or pickled; call remove_dispatch(model) first")
+
+
+def dispatch_model(
+    model: nn.Module,
+    device_map: DeviceMap,
+    *,
+    main_device: torch.device | str | int | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    offload_budget: int | str | None = None,
+    no_split_classes: Sequence[str] | None = None,
+) -> nn.Module:
+    """Put the weights of `model` where `device_map` says, and have it run from there; return `model` itself.
+
+    What is on `"disk"`, or on `"cpu"` beside accelerators, is fetched to `main_device` (the first accelerator of the
+    map, else the CPU) when its part runs, the next parts while this one computes, at most `offload_budget` bytes of it
+    at a time (default: twice the largest part). Weights on the disk that are mapped from a file already stay in that
+    file; others are written to `offload_folder`. Inputs follow the weights, outputs come back to the device of the
+    inputs. Backward fetches again. Parts are modules of `no_split_classes`, and what is outside of those; as for
+    `infer_auto_device_map`. `remove_dispatch` undoes it.
+
+    Not a collective: every process dispatches its own. Raises `ConfigurationError` if the map does not fit the model or
+    the budget not its largest part, `PrepareError` for a model that is dispatched or on the meta device, and
+    `StateError` if weights cannot be written.
+    """
+    check_device_map(model, device_map)
+    _refuse(model)
+    places = dict(device_map)
+    main = _main_device(places, main_device)
+    parts = parts_of(model, no_split_classes, named=places)
+    resting = [part for part in parts if _rests(device_of(part.names[0], places), main)]
+    budget = _budget(resting, offload_budget)
+    mappings = pages.FileMappings.read()
+    for part in parts:
+        _place(model, part, device_of(part.names[0], places), main, mappings, offload_folder)
+    state = Dispatched(places, main)
+    setattr(model, DISPATCHED, state)
+    devices = {main} | {_device(device_of(part.names[0], places), main) for part in parts if part not in resting}
+    if len(devices) > 1 or main.type != "cpu":
+        _follow(model, parts, places, main, state.handles)
+    if resting:
+        mappings = pages.FileMappings.read()  # with what was written just now
+        holdings: list[Holding] = [_holding(part, main, mappings) for part in resting]
+        state.residency = Residency(holdings, budget)
+        _attach(model, resting, holdings, state.residency, state.handles)
+    return model
+
+
+def load_checkpoint_and_dispatch(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Tensor],
+    device_map: DeviceMap | Kind = "auto",
+    *,
+    max_memory: Mapping[Device, int | str] | None = None,
+    no_split_classes: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    offload_budget: int | str | None = None,
+    strict: bool = True,
+) -> nn.Module:
+    """Load `checkpoint` into `model`, usually one from `init_empty_weights`, each weight to its place; return `model`.
+
+    `device_map`: a map, or how to infer one. See `infer_auto_device_map`, `load_checkpoint_in_model` and
+    `dispatch_model` for the other arguments and for what is raised.
+    """
+    if isinstance(device_map, str):
+        device_map = infer_auto_device_map(model, max_memory, no_split_classes, dtype, kind=device_map)
+    elif max_memory is not None:
+        raise ConfigurationError("max_memory is for a device map that is inferred; got one that says where all goes")
+    load_checkpoint_in_model(model, checkpoint, device_map, dtype=dtype, offload_folder=offload_folder, strict=strict)
+    return dispatch_model(
+        model,
+        device_map,
+        offload_folder=offload_folder,
+        offload_budget=offload_budget,
+        no_split_classes=no_split_classes,
+    )
+
+
+def remove_dispatch(model: nn.Module) -> nn.Module:
+    """Take off what `dispatch_model` attached; return `model`. Its weights stay where they rest, and work there."""
+    state: Dispatched | None = vars(model).pop(DISPATCHED, None)
+    if state is not None:
+        for handle in state.handles:
+            handle.remove()
+        if state.residency is not None:
+            state.residency.close()
+    return model
+
+
+def cpu_offload(
+    model: nn.Module,
+    execution_device: torch.device | str | int | None = None,
+    *,
+    offload_budget: int | str | None = None,
+) -> nn.Module:
+    """Keep all weights in CPU memory and run on `execution_device` (default: accelerator 0, if there is one).
+
+    See `dispatch_model`. On a machine without accelerators nothing has to move, and nothing is attached.
+    """
+    device = _first_device() if execution_device is None else execution_device
+    return dispatch_model(model, {"": "cpu"}, main_device=device, offload_budget=offload_budget)
+
+
+def disk_offload(
+    model: nn.Module,
+    offload_folder: str | os.PathLike[str] | None = None,
+    execution_device: torch.device | str | int | None = None,
+    *,
+    offload_budget: int | str | None = None,
+) -> nn.Module:
+    """Keep all weights on the disk and run on `execution_device` (default: accelerator 0, else the CPU).
+
+    See `dispatch_model`: weights that were loaded by mapping stay in their files, others are written to
+    `offload_folder`, and leave memory one by one.
+    """
+    device = _first_device() if execution_device is None else execution_device
+    return dispatch_model(
+        model, {"": "disk"}, main_device=device, offload_folder=offload_folder, offload_budget=offload_budget
+    )
+
+
+class OffloadHook:
+    """Returned by `cpu_offload_with_hook`: sends its model back to the CPU."""
+
+    def __init__(self, model: nn.Module, handle: RemovableHandle) -> None:
+        self._model = model
+        self._handle = handle
+
+    def offload(self) -> None:
+        """Move the model to the CPU, until it runs again."""
+        self._model.to("cpu")
+
+    def remove(self) -> None:
+        """Let the model stay where it is from now on."""
+        self._handle.remove()
+
+
+def cpu_offload_with_hook(
+    model: nn.Module,
+    execution_device: torch.device | str | int | None = None,
+    prev_module_hook: OffloadHook | None = None,
+) -> tuple[nn.Module, OffloadHook]:
+    """Keep a whole model in CPU memory until it runs, then on `execution_device` until the hook's `offload()`.
+
+    For pipelines of several models: give each the hook of the one before it, which is sent back first. Inputs follow.
+    """
+    device = torch.device(_first_device() if execution_device is None else execution_device)
+    model.to("cpu")
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if prev_module_hook is not None:
+            prev_module_hook.offload()
+        module.to(device)
+        return move(args, device), move(kwargs, device)
+
+    return model, OffloadHook(model, model.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+
+
+# -- where things go ---------------------------------------------------------------------------------------
+
+
+def _first_device() -> torch.device:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None else torch.device(found.type, 0)
+
+
+def _device(device: Device | torch.device, main: torch.device) -> torch.device:
+    return main if device == "disk" else torch.device(device)
+
+
+def _main_device(places: Mapping[str, Device], asked: torch.device | str | int | None) -> torch.device:
+    devices = [torch.device(device) for device in places.values() if device not in ("cpu", "disk")]
+    main = torch.device(asked) if asked is not None else next(iter(devices), torch.device("cpu"))
+    if main.type in ("meta", "xla"):
+        raise ConfigurationError(f"main_device is {str(main)!r}; expected the CPU or an accelerator that torch drives")
+    return main
+
+
+def _rests(device: Device, main: torch.device) -> bool:
+    return device == "disk" or (device == "cpu" and main.type != "cpu")
+
+
+def _refuse(model: nn.Module) -> None:
+    if getattr(model, DISPATCHED, None) is not None:
+        raise PrepareError(f"{type(model).__name__} is dispatched already; call remove_dispatch(model) first")
+    meta = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if meta:
+        raise PrepareError(
+            f"{listed(meta)} of {type(model).__name__} have no numbers yet; load them first, as "
+            "load_checkpoint_and_dispatch does"
+        )
+
+
+def _budget(resting: Sequence[Part], asked: int | str | None) -> int:
+    if not resting:
+        return 0
+    largest = max(resting, key=Part.num_bytes)
+    if asked is None:
+        return 2 * largest.num_bytes()
+    budget = number_of_bytes(asked, "offload_budget")
+    if budget < largest.num_bytes():
+        raise ConfigurationError(
+            f"offload_budget is {in_words(budget)}, which cannot hold the largest part, "
+            f"{largest.names[0] or 'the model'!r} of {in_words(largest.num_bytes())} ({largest.num_bytes()} bytes); "
+            "give that at least, and twice as much for the next part to be read meanwhile"
+        )
+    return budget
+
+
+def _place(
+    model: nn.Module,
+    part: Part,
+    device: Device,
+    main: torch.device,
+    mappings: pages.FileMappings,
+    folder: str | os.PathLike[str] | None,
+) -> None:
+    for tensor in part.tensors:
+        is_buffer = not isinstance(tensor, nn.Parameter)  # small, and may be written to: it lies where it is used
+        if device != "disk" or is_buffer:
+            place = main if is_buffer and _rests(device, main) else _device(device, main)
+            if tensor.device != place:
+                tensor.data = tensor.detach().to(place)
+        elif tensor.nbytes and not mappings.hold(tensor.detach()):
+            tensor.data = written(tensor.detach().cpu(), _name_of(model, tensor), folder)
+
+
+def _name_of(model: nn.Module, wanted: Tensor) -> str:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return next(name for name, tensor in named if tensor is wanted)
+
+
+def _holding(part: Part, main: torch.device, mappings: pages.FileMappings) -> Holding:
+    return MappedPages(part, mappings) if main.type == "cpu" else Copies(part, main, mappings)
+
+
+# -- hooks -------------------------------------------------------------------------------------------------
+
+
+def _follow(
+    model: nn.Module,
+    parts: Sequence[Part],
+    places: Mapping[str, Device],
+    main: torch.device,
+    handles: list[RemovableHandle],
+) -> None:
+    """Have inputs move to the weights, and the model's outputs back to where its inputs were."""
+    came_from: list[torch.device | None] = []
+
+    def to(device: torch.device, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return move(args, device), move(kwargs, device)
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        first = next(iterate_tensors((args, kwargs)), None)
+        came_from.append(None if first is None else first.device)
+
+    def end(module: nn.Module, args: Any, output: Any) -> Any:
+        device = came_from.pop()
+        return output if device is None or output is None else move(output, device)
+
+    for part in parts:
+        device = device_of(part.names[0], places)
+        target = main if _rests(device, main) else _device(device, main)
+        for module in part.modules:
+            handles.append(module.register_forward_pre_hook(partial(to, target), prepend=True, with_kwargs=True))
+    handles.append(model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
+    handles.append(model.register_forward_hook(end, always_call=True))
+
+
+def _attach(
+    model: nn.Module,
+    parts: Sequence[Part],
+    holdings: Sequence[Holding],
+    residency: Residency,
+    handles: list[RemovableHandle],
+) -> None:
+    for index, (part, holding) in enumerate(zip(parts, holdings, strict=True)):
+        for module in dict.fromkeys(part.modules):
+            if isinstance(holding, Copies):
+                handles += _attach_copies(module, index, holding, residency)
+            else:
+                handles += _attach_pages(module, index, residency)
+    handles.append(model.register_forward_pre_hook(lambda *_: residency.begin(), prepend=True))
+    handles.append(model.register_forward_hook(lambda *_: residency.end()))
+
+
+def _attach_pages(module: nn.Module, index: int, residency: Residency) -> list[RemovableHandle]:
+    entered: list[bool] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        entered.append(False)
+        residency.enter(index)
+        entered[-1] = True
+
+    def backward(gradient: Tensor) -> None:
+        residency.enter(index, backward=True)
+        residency.leave(index)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if entered.pop():  # called even if something before it raised
+            residency.leave(index)
+        if torch.is_grad_enabled():
+            for tensor in iterate_tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(backward)
+
+    return [
+        module.register_forward_pre_hook(before, prepend=True),
+        module.register_forward_hook(after, always_call=True),
+    ]
+
+
+@dataclass
+class _Saved:
+    """A weight, or a view of it, that autograd wants back in backward."""
+
+    parameter: int
+    view: Any
+
+
+def _attach_copies(module: nn.Module, index: int, holding: Copies, residency: Residency) -> list[RemovableHandle]:
+    contexts: list[Any] = []  # `None` where entering failed
+
+    def pack(tensor: Tensor) -> Any:
+        for number, parameter in enumerate(holding.parameters):
+            view = as_view_of(tensor, parameter.data)
+            if view is not None:
+                return _Saved(number, view)
+        return tensor
+
+    def unpack(saved: Any) -> Tensor:
+        if not isinstance(saved, _Saved):
+            return saved  # type: ignore[no-any-return]
+        residency.enter(index, backward=True)
+        try:
+            dtype, size, stride, offset = saved.view
+            weight = holding.parameters[saved.parameter].data
+            return weight.view(dtype).as_strided(size, stride, offset)
+        finally:
+            residency.leave(index)
+
+    def before(module: nn.Module, args: Any) -> None:
+        contexts.append(None)
+        _refuse_trained(module, holding.parameters)
+        residency.enter(index)
+        contexts[-1] = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        contexts[-1].__enter__()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        context = contexts.pop()
+        if context is not None:
+            context.__exit__(None, None, None)
+            residency.leave(index)
+
+    return [
+        module.register_forward_pre_hook(before, prepend=True),
+        module.register_forward_hook(after, always_call=True),
+    ]
+
+
+def _refuse_trained(module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        raise StepError(
+            f"weights of {type(module).__name__} rest on another device than the one they run on, where they cannot be "
+            "trained. Run under torch.no_grad(), or freeze them (requires_grad_(False)) and train adapters."
+        )

@@ -1,0 +1,81 @@
+"""A model as the parts that are placed as one: blocks, the modules outside them, and tensors of containers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from strategies import blocks
+
+
+@dataclass(eq=False)
+class Part:
+    """Modules whose weights come and go together. More than one name means that they are tied."""
+
+    names: list[str] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)  # running one of them needs the tensors
+    tensors: list[Tensor] = field(default_factory=list)  # each once
+
+    def num_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes of the tensors, floating-point ones in `dtype`."""
+        return sum(size_of(tensor, dtype) for tensor in self.tensors)
+
+
+def size_of(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Bytes of a tensor, in `dtype` if it is floating-point."""
+    return tensor.numel() * (dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype).itemsize
+
+
+def parts_of(
+    model: nn.Module, no_split_classes: Sequence[str] | None = None, named: Collection[str] = ()
+) -> list[Part]:
+    """The parts of `model` in the order in which they are defined; every parameter and buffer is in exactly one.
+
+    Modules of `no_split_classes` are kept whole (`None`: the blocks that a model of transformers declares, else its
+    repeated ones), but for those inside which `named` names something. Parts that share a tensor are one.
+    """
+    chosen = blocks.automatic(model) if no_split_classes is None else blocks.by_class(model, no_split_classes)
+    whole = {id(module) for _, module in chosen}
+    above = {name[:end] for name in named for end, letter in enumerate(name) if letter == "."}
+    found: list[Part] = []
+    holder: dict[int, Part] = {}  # of each tensor
+    for name, module, tensors in _atoms("", model, whole, above | ({""} if any(named) else set())):
+        tied = list(dict.fromkeys(holder[id(tensor)] for tensor in tensors if id(tensor) in holder))
+        part = tied[0] if tied else Part()
+        for other in tied[1:]:
+            found.remove(other)
+            part.names += other.names
+            part.modules += other.modules
+            part.tensors += other.tensors
+            holder |= {id(tensor): part for tensor in other.tensors}
+        if not tied:
+            found.append(part)
+        part.names.append(name)
+        part.modules.append(module)
+        part.tensors += {id(tensor): tensor for tensor in tensors if id(tensor) not in holder}.values()
+        holder |= {id(tensor): part for tensor in tensors}
+    return found
+
+
+def _atoms(
+    name: str, module: nn.Module, whole: set[int], above: set[str]
+) -> Iterator[tuple[str, nn.Module, list[Tensor]]]:
+    children = list(module.named_children())
+    if name not in above and (id(module) in whole or not children):
+        tensors = [*module.parameters(), *module.buffers()]
+        if tensors:
+            yield name, module, tensors
+        return
+    prefix = f"{name}." if name else ""
+    for attribute, tensor in _own(module):
+        yield f"{prefix}{attribute}", module, [tensor]
+    for child_name, child in children:
+        yield from _atoms(f"{prefix}{child_name}", child, whole, above)
+
+
+def _own(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
