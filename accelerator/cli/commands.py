@@ -10,16 +10,22 @@ from strategies.errors import AcceleratorError
 
 from .config import main as config
 from .conformance import main as conformance
+from .doctor import env
+from .doctor import main as doctor
 from .launch import main as launch
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "config": config,
+    "doctor": doctor,
+    "env": env,
     "launch": launch,
     "conformance": conformance,
 }
 USAGE = """usage: accelerator COMMAND ...
 
   config        write accelerator.toml, show what applies here, or convert a file of Accelerate
+  doctor        check whether training can start here
+  env           print what a bug report needs
   launch        start a training script in several processes
   conformance   check a strategy against the contract
 
