@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-_MAX_DEPTH = 4  # a sampler in a batch sampler in one of the user's own
+_MAX_DEPTH = 4  # a sampler in a batch sampler in one of the user's own; a list of transforms within two datasets
+_MAX_ITEMS = 64  # of a list in which generators are looked for
 
 
 def derive(*numbers: int) -> int:
@@ -84,3 +86,24 @@ def _take_over(holder: object, seed: int, depth: int) -> Iterator[Callable[[], N
 
 def _ignore(value: object) -> None:
     """Make a function of one that returns something."""
+
+
+def generators_in(holders: Iterable[Any], depth: int = 0, seen: set[int] | None = None) -> Iterator[Any]:
+    """Generators of Python, NumPy and torch that objects keep in attributes, or in short lists and dictionaries."""
+    seen = set() if seen is None else seen
+    for holder in holders:
+        if id(holder) in seen or isinstance(holder, type | ModuleType):
+            continue
+        seen.add(id(holder))
+        if isinstance(holder, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+            yield holder
+        elif depth < _MAX_DEPTH:
+            yield from generators_in(_parts(holder), depth + 1, seen)
+
+
+def _parts(holder: Any) -> list[Any]:
+    if isinstance(holder, dict | list | tuple):
+        values = list(holder.values()) if isinstance(holder, dict) else list(holder)
+        return values if len(values) <= _MAX_ITEMS else []
+    own = getattr(holder, "__self__", None)  # of a method that is the collate function
+    return [*getattr(holder, "__dict__", {}).values(), *([own] if own is not None else [])]

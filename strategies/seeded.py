@@ -7,9 +7,8 @@ batch. The key travels with the indices, so that workers need not be told anythi
 
 from __future__ import annotations
 
-import random
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils.data import Sampler, get_worker_info
 from torch.utils.data import _utils as torch_utils
 
 from .drawn import Repeat
-from .randomness import derive, seed_all, set_states, states
+from .randomness import derive, generators_in, seed_all, set_states, states
 
 _MASK = 2**64 - 1
 _BATCH = 0x9E3779B97F4A7C15  # tells the seed of a batch from that of its first sample
@@ -130,27 +129,6 @@ def sample_seed(key: int, index: Any) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK  # the finaliser of SplitMix64, as in sharding
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return (value ^ (value >> 31)) >> 1
-
-
-def generators_in(holders: Iterable[Any], depth: int = 0, seen: set[int] | None = None) -> Iterator[Any]:
-    """Generators of Python, NumPy and torch that objects keep in attributes, or in short lists and dictionaries."""
-    seen = set() if seen is None else seen
-    for holder in holders:
-        if id(holder) in seen or isinstance(holder, type):
-            continue
-        seen.add(id(holder))
-        if isinstance(holder, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
-            yield holder
-        elif depth < _MAX_DEPTH:
-            yield from generators_in(_parts(holder), depth + 1, seen)
-
-
-def _parts(holder: Any) -> list[Any]:
-    if isinstance(holder, dict | list | tuple):
-        values = list(holder.values()) if isinstance(holder, dict) else list(holder)
-        return values if len(values) <= _MAX_ITEMS else []
-    own = getattr(holder, "__self__", None)  # of a method that is the collate function
-    return [*getattr(holder, "__dict__", {}).values(), *([own] if own is not None else [])]
 
 
 def _reseed(generator: Any, seed: int) -> None:

@@ -22,6 +22,7 @@ from torch.utils.data.dataloader import (
     _SingleProcessDataLoaderIter,
 )
 
+from . import hugging_face
 from .randomness import derive, seed_all, set_states, states
 from .world import World
 
@@ -145,6 +146,11 @@ class StreamShard(IterableDataset[Any]):
         return self._samples(self.places.pop(self._shard, Place()), self.layers)
 
     @property
+    def is_stateful(self) -> bool:
+        """Whether the dataset itself says where it stands, all of it."""
+        return is_stateful(self.dataset) and (not self.by_node or hugging_face.keeps_its_place(self.dataset))
+
+    @property
     def cuts_by_position(self) -> bool:
         """Whether samples may have to be told apart by position, so that all shards must draw alike."""
         return not self.by_node
@@ -170,9 +176,12 @@ class StreamShard(IterableDataset[Any]):
     def _samples(self, place: Place, layers: tuple[tuple[int, tuple[int, ...]], ...]) -> Iterator[Any]:
         dataset, info = self.dataset, self._info
         assert info is not None
-        stateful = is_stateful(dataset)
+        stateful = self.is_stateful
         if stateful and place.state is not None:
-            dataset.load_state_dict(place.state)
+            if self.by_node:
+                dataset = hugging_face.begun_at(dataset, place.state)
+            else:
+                dataset.load_state_dict(place.state)
         source = iter(dataset)
         if not stateful and is_stateful(source):
             stateful, dataset = True, source

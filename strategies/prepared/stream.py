@@ -9,10 +9,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe
 
-from .. import collectives
+from .. import collectives, hugging_face
 from ..errors import DataError
 from ..lockstep import Step, alone, dispatched, together
-from ..streams import Place, StreamShard, is_stateful, make_iterator
+from ..streams import Place, StreamShard, make_iterator
 from ..world import World
 
 Layers = tuple[tuple[int, tuple[int, ...]], ...]
@@ -44,11 +44,10 @@ class Stream:
         self._dispatch = dispatch and world.size > 1
         readers = replace(world, rank=0, size=1, local_rank=0, local_size=1) if self._dispatch else world
         dataset = loader.dataset
-        self._by_node = _is_hugging_face(dataset)
-        if self._by_node and readers.size > 1:
-            from datasets.distributed import split_dataset_by_node
-
-            dataset = split_dataset_by_node(dataset, rank=world.rank, world_size=world.size)
+        self._by_node = hugging_face.is_hugging_face(dataset)
+        self._draws = hugging_face.draws_of(dataset) if self._by_node else None
+        if self._by_node:
+            dataset = hugging_face.part_of_rank(dataset, readers)
         self.is_plain = isinstance(dataset, IterDataPipe) or not isinstance(dataset, IterableDataset)
         if self.is_plain and readers.size > 1:
             raise DataError(
@@ -70,7 +69,7 @@ class Stream:
     @property
     def is_stateful(self) -> bool:
         """Whether the dataset itself says where it stands; otherwise a resumed run reads up to there again."""
-        return is_stateful(self._shard.dataset)
+        return self._shard.is_stateful
 
     def share_of(self, num_batches: int) -> int:
         """Batches of each rank, if all together had so many."""
@@ -148,6 +147,7 @@ class Stream:
         return {
             "num_shards": self.num_shards,
             "shards_itself": self._by_node or any(row[3] for row in everyone),
+            "draws": self._draws,
             "layers": [[number, list(given)] for number, given in everyone[0][2]],
             "turns": [row[1] for row in everyone],
             "passed": [list(place.passed) for place in places],
@@ -158,6 +158,11 @@ class Stream:
     def read(self, state: Mapping[str, Any]) -> StreamPosition:
         """The position in `state`. Raises `DataError` where the parts it speaks of do not exist here."""
         self._check_position()
+        if state.get("draws", self._draws) != self._draws:
+            raise DataError(
+                f"the position to load is of a {type(self._loader.dataset).__name__} shuffled with another seed, "
+                "so that what is left of it is not known. Give it the same seed: dataset.shuffle(seed=...)."
+            )
         layers = tuple((number, tuple(given)) for number, given in state["layers"])
         saved = [
             Place(tuple(passed), given, inner)
@@ -198,7 +203,3 @@ class Stream:
         for batch, step in batches:
             waiting.append(step)
             yield batch
-
-
-def _is_hugging_face(dataset: Any) -> bool:
-    return type(dataset).__module__.partition(".")[0] == "datasets" and hasattr(dataset, "num_shards")
