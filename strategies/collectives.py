@@ -1,12 +1,14 @@
 """Collective operations on any nesting of tensors, each checked before it runs.
 
 Every function here is called by every rank, in the same order. On one process they return what the
-same call returns on many, so that a loop needs no `if`.
+same call returns on many, so that a loop needs no `if`. Each begins by exchanging 16 bytes that say which call it
+is and what it brings: ranks that are in different calls would otherwise take each other's bytes for their own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +21,23 @@ from .errors import CollectiveError, ShapeMismatchError
 from .process_group import named_failures
 from .tree import describe, iterate_leaves, iterate_tensors, map_tensors
 from .world import World
+
+
+def meet(call: str, world: World, value: int = 0) -> list[int]:
+    """Every rank's `value`, a 64-bit integer, in rank order, once all ranks are in the same `call`.
+
+    Raises `CollectiveError`, on every rank, naming the calls if they differ.
+    """
+    if world.size == 1:
+        return [value]
+    rows = all_gather_integers([_digest(call), value], world)
+    if any(row[0] != rows[0][0] for row in rows):
+        calls = "; ".join(f"rank {rank}: {named}" for rank, named in enumerate(all_gather_objects(call, world)))
+        raise CollectiveError(
+            f"ranks are in different calls ({calls}). Does one of them break, continue, skip a batch or branch where "
+            "others do not?"
+        )
+    return [row[1] for row in rows]
 
 
 def all_gather_integers(values: Sequence[int], world: World) -> list[tuple[int, ...]]:
@@ -49,7 +68,7 @@ def gather(tree: Any, world: World) -> Any:
     Raises `ShapeMismatchError`, on every rank, if structure, shapes or dtypes differ between ranks.
     The results carry no gradient.
     """
-    _check_alike(tree, world)
+    _check_alike("gather", tree, world)
     return map_tensors(lambda tensor: torch.cat(_all_gather(_at_least_1d(tensor), world)), tree)
 
 
@@ -59,7 +78,7 @@ def gather_uneven(tree: Any, world: World, *, keep: bool) -> Any:
     Objects that are no tensors are gathered too: a list is concatenated, anything else becomes a list
     with one element per rank that keeps.
     """
-    _check_alike(tree, world, any_length_of=0, objects=True)
+    _check_alike("gather_for_metrics", tree, world, any_length_of=0, objects=True)
     if not any(True for _ in iterate_tensors(tree)):
         kept = [value for value, keeps in all_gather_objects((tree, keep), world) if keeps]
         return [item for value in kept for item in value] if isinstance(tree, list) else kept
@@ -76,7 +95,7 @@ def reduce(tree: Any, world: World, *, reduction: Literal["sum", "mean"] = "sum"
     """
     if reduction not in ("sum", "mean"):
         raise CollectiveError(f"reduction is {reduction!r}; expected 'sum' or 'mean'")
-    _check_alike(tree, world)
+    _check_alike("reduce", tree, world)
 
     def one(tensor: Tensor) -> Tensor:
         result = tensor.detach().clone(memory_format=torch.contiguous_format)  # gloo sums memory, not elements
@@ -96,6 +115,7 @@ def broadcast(tree: Any, world: World) -> Any:
     """Rank 0's `tree`, on every rank: tensors on this rank's device, all else pickled."""
     if world.size == 1:
         return tree
+    meet("broadcast", world)
     leaves = [_plain(tensor) for tensor in iterate_tensors(tree)] if world.is_main else []
     slots = iter([_Slot(index, leaf.shape, leaf.dtype) for index, leaf in enumerate(leaves)])
     skeleton = map_tensors(lambda _: next(slots), tree) if world.is_main else None
@@ -130,19 +150,26 @@ def pad_across_processes(
         padding = tensor.new_full(shape, pad_index)
         return torch.cat([padding, tensor] if pad_first else [tensor, padding], dim=dim)
 
-    _check_alike(tree, world, any_length_of="all")
+    _check_alike("pad_across_processes", tree, world, any_length_of="all")
     for tensor in iterate_tensors(tree):
         if not -tensor.ndim <= dim < tensor.ndim:
             raise CollectiveError(f"dim is {dim}, but a tensor to pad has {tensor.ndim} dimensions")
     return map_tensors(one, tree)
 
 
-def sum_scalar(value: float | Tensor, world: World) -> Tensor:
-    """The sum of a number over ranks: a float64 scalar (float32 where the device has no float64) on the device."""
+def sum_scalar(value: float | Tensor, world: World, call: str) -> Tensor:
+    """The sum of a number over ranks: a float64 scalar (float32 where the device has no float64) on the device.
+
+    `call` says to ranks that are elsewhere what this one is doing. A number that is on a device stays there.
+    """
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
+    if world.size > 1 and not (isinstance(value, Tensor) and value.device.type != "cpu"):
+        brought = meet(call, world, _bits(float(value)))
+        return torch.tensor(sum(map(_number, brought)), dtype=dtype, device=world.device)
     held = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
     total = held.to(device=world.device, dtype=dtype, copy=True)
     if world.size > 1:
+        meet(call, world)
         with named_failures(world):
             dist.all_reduce(total)
     return total
@@ -150,12 +177,12 @@ def sum_scalar(value: float | Tensor, world: World) -> Tensor:
 
 def any_true(flag: bool, world: World) -> bool:
     """Whether `flag` is set on any rank."""
-    return any(row[0] for row in all_gather_integers([int(flag)], world))
+    return any(meet("check_trigger", world, int(flag)))
 
 
 def barrier(world: World) -> None:
     """Return when every rank has called it."""
-    all_gather_integers([0], world)
+    meet("wait_for_everyone", world)
 
 
 @dataclass(frozen=True)
@@ -168,7 +195,7 @@ class _Slot:
 
 
 def _check_alike(
-    tree: Any, world: World, *, any_length_of: int | Literal["all"] | None = None, objects: bool = False
+    call: str, tree: Any, world: World, *, any_length_of: int | Literal["all"] | None = None, objects: bool = False
 ) -> None:
     """Compare what the ranks brought by one 8-byte digest; only where it differs is everything compared.
 
@@ -186,9 +213,8 @@ def _check_alike(
     if world.size == 1:
         return
     brought = describe(tree, any_length_of) if has_tensors or not objects else "objects"
-    digest = hashlib.blake2b(brought.encode(), digest_size=8).digest()
-    digests = all_gather_integers([int.from_bytes(digest, "big", signed=True)], world)
-    if all(row == digests[0] for row in digests):
+    digests = meet(call, world, _digest(brought))
+    if all(digest == digests[0] for digest in digests):
         return
     everyone = all_gather_objects(describe(tree), world)
     listed = "; ".join(f"rank {rank}: {described}" for rank, described in enumerate(everyone))
@@ -198,6 +224,18 @@ def _check_alike(
         else "Ranks must bring the same nesting, dtypes and other dimensions."
     )
     raise ShapeMismatchError(f"ranks brought different tensors to one collective ({listed}). {advice}")
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _bits(number: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def _number(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
 def _all_gather(tensor: Tensor, world: World) -> list[Tensor]:

@@ -115,7 +115,7 @@ def _read(batches: Iterator[Any], world: World) -> tuple[Any, tuple[int, ...]]:
         pass
     except Exception as error:
         failed, size = error, -1
-    sizes = tuple(row[0] for row in collectives.all_gather_integers([size], world))
+    sizes = tuple(collectives.meet("the next batch of an iterable dataset", world, size))
     if min(sizes) < 0:
         words = collectives.all_gather_objects(f"{type(failed).__name__}: {failed}" if failed else "", world)
         if failed is not None:

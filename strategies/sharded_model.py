@@ -186,7 +186,7 @@ def refuse_uneven_use(model: nn.Module, world: World) -> None:
     """Raise `StepError` on every rank if a parameter has a gradient on some ranks only: others' were added to it."""
     named = [(name, p.grad is not None) for name, p in model.named_parameters() if p.requires_grad and is_sharded(p)]
     used = bytes(has for _, has in named)
-    seen = collectives.all_gather_integers([zlib.crc32(used)], world)
+    seen = collectives.meet("the step that closes a window", world, zlib.crc32(used))
     if len(set(seen)) > 1:
         everywhere = collectives.all_gather_objects(used, world)
         names = [name for index, (name, _) in enumerate(named) if len({each[index] for each in everywhere}) > 1]

@@ -205,7 +205,7 @@ class Sources:
         if not inside:
             return latest
         if len(inside) > 1:
-            sizes = [row[0] for row in collectives.all_gather_integers([num_samples or 0], self._world)]
+            sizes = collectives.meet("gather_for_metrics in nested loops", self._world, num_samples or 0)
             for cursor in inside:
                 if [cursor.size_on(rank) for rank in range(self._world.size)] == sizes:
                     return cursor
@@ -222,6 +222,7 @@ class Sources:
         cursor.verified = True
         start = 0 if cursor.cut is None else cursor.cut.start
         mine = (cursor.seed, cursor.epoch, cursor.index, start, cursor.samples)
+        collectives.meet("the first batch of a pass over a loader", self._world)
         everyone = collectives.all_gather_integers(mine, self._world)
         cursor.mean_samples = sum(row[4] for row in everyone) / self._world.size
         if any(theirs[:4] != everyone[0][:4] for theirs in everyone):

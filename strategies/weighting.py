@@ -23,6 +23,8 @@ from .errors import StepError
 from .sources import Cursor
 from .world import World
 
+_CALL = "the sum of a window's weights (for weight=, a stream, or a batch that was skipped)"
+
 
 class Weighting:
     """The weights of one window, from its first micro-batch to its close."""
@@ -102,7 +104,7 @@ class Weighting:
             return correction
         if self._reference is None:
             return 0.0
-        total = collectives.sum_scalar(self._sum, self._world)
+        total = collectives.sum_scalar(self._sum, self._world, _CALL)
         some = total > 0
         if self._explicit and self.unit is not None:
             self.unit = torch.where(some, total / self._num_parts, self.unit)
@@ -149,7 +151,7 @@ class Weighting:
             self._reference = 1.0
             return float(weight > 0) if isinstance(weight, float) else (weight > 0).to(weight)
         if self._reference is None:
-            mean = float(collectives.sum_scalar(weight, self._world)) / self._world.size
+            mean = float(collectives.sum_scalar(weight, self._world, _CALL)) / self._world.size
             if mean > 0:
                 self.unit = mean
                 self._reference = mean * self._num_parts

@@ -161,6 +161,8 @@ def promised(name: str) -> str:
     """What the docstring of an example says that it prints, to its end."""
     text = (EXAMPLES / f"{name}.py").read_text().split('"""')[1]
     return textwrap.dedent(text.partition("xpected output:\n")[2]).strip() + "\n"
+
+
 def test_find_a_nan() -> None:
     output = run_example("find_a_nan", 2)
     assert "in forward: the output of 0 (Normalise) of Sequential, whose inputs are finite" in output
