@@ -63,7 +63,11 @@ def probes(world: World) -> list[Probe]:
             lambda t: collectives.pad_across_processes(t, world)[: len(t)],
             every(world.rank),
         ),
-        Probe("sum_scalar", lambda t: collectives.sum_scalar(float(world.rank), world), lambda n: torch.tensor(total)),
+        Probe(
+            "sum_scalar",
+            lambda t: collectives.sum_scalar(float(world.rank), world, "sum"),
+            lambda n: torch.tensor(total),
+        ),
         Probe("any_true", lambda t: collectives.any_true(world.rank == size - 1, world), lambda n: True),
         Probe("all_gather_integers", lambda t: collectives.all_gather_integers([world.rank], world), _tuples(ranks)),
         Probe("all_gather_objects", lambda t: collectives.all_gather_objects(world.rank, world), lambda n: ranks),

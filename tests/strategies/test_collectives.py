@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 
-from accelerator import Accelerator
 from rank_pool import RankPool
 from strategies import DDP, CollectiveError, ShapeMismatchError, World, collectives
 
@@ -386,47 +384,3 @@ def pad_numbers() -> None:
 def test_padding_of_unequal_numbers_of_tensors_is_an_error_on_every_rank(ranks: RankPool) -> None:
     for error in ranks(pad_numbers, timeout=15, return_exceptions=True):
         assert isinstance(error, ShapeMismatchError), error
-
-
-# -- ranks in different calls ----------------------------------------------------------------------------------
-
-
-def call_apart() -> str:
-    world, one = join(), torch.ones(())
-    with pytest.raises(CollectiveError) as raised:
-        (collectives.reduce if world.rank else collectives.gather)(one, world)
-    collectives.barrier(world)  # the group is as good as before
-    return str(raised.value)
-
-
-def test_ranks_in_different_calls_hear_of_it(ranks: RankPool) -> None:
-    for message in ranks(call_apart):
-        assert "rank 0: gather; rank 1: reduce" in message
-
-
-def skip_on_one_rank() -> str:
-    """Rank 0 skips a micro-batch inside the window; it alone then asks for the window's true weight."""
-    accelerator = Accelerator("ddp", gradient_accumulation_steps=2)
-    model = nn.Linear(1, 1)
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    loader = accelerator.prepare(DataLoader(TensorDataset(torch.ones(8, 1)), batch_size=2))
-
-    def loop() -> None:
-        for index, (x,) in enumerate(loader):
-            with accelerator.accumulate(model):
-                if index == 0 and accelerator.is_main_process:
-                    continue
-                accelerator.backward(model(x).mean())
-                optimizer.step()
-                optimizer.zero_grad()
-        accelerator.gather(torch.ones(()))
-
-    with pytest.raises(CollectiveError) as raised:
-        loop()
-    return str(raised.value)
-
-
-def test_a_batch_skipped_on_one_rank_only_is_no_silent_weight(ranks: RankPool) -> None:
-    for message in ranks(skip_on_one_rank):
-        assert "rank 0: the sum of a window's weights" in message
-        assert "rank 1: gather" in message

@@ -1,0 +1,117 @@
+"""Hooks that fetch the weights of a part when it runs, in forward and in backward, and let go of them after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from strategies.errors import StepError
+from strategies.tree import iterate_tensors
+
+from .parts import Part
+from .residency import Copies, Holding, Residency, as_view_of
+
+
+def attach(
+    model: nn.Module,
+    parts: Sequence[Part],
+    holdings: Sequence[Holding],
+    residency: Residency,
+    handles: list[RemovableHandle],
+) -> None:
+    """Have each part of `model` fetch its weights before it runs, and let go of them after. Adds to `handles`."""
+    for index, (part, holding) in enumerate(zip(parts, holdings, strict=True)):
+        for module in dict.fromkeys(part.modules):
+            if isinstance(holding, Copies):
+                handles += _attach_copies(module, index, holding, residency)
+            else:
+                handles += _attach_pages(module, index, residency)
+    handles.append(model.register_forward_pre_hook(lambda *_: residency.begin(), prepend=True))
+    handles.append(model.register_forward_hook(lambda *_: residency.end()))
+
+
+def _attach_pages(module: nn.Module, index: int, residency: Residency) -> list[RemovableHandle]:
+    entered: list[bool] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        entered.append(False)
+        residency.enter(index)
+        entered[-1] = True
+
+    def backward(gradient: Tensor) -> None:
+        residency.enter(index, backward=True)
+        residency.leave(index)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if entered.pop():  # called even if something before it raised
+            residency.leave(index)
+        if torch.is_grad_enabled():
+            for tensor in iterate_tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(backward)
+
+    return [
+        module.register_forward_pre_hook(before, prepend=True),
+        module.register_forward_hook(after, always_call=True),
+    ]
+
+
+@dataclass
+class _Saved:
+    """A weight, or a view of it, that autograd wants back in backward."""
+
+    parameter: int
+    view: Any
+
+
+def _attach_copies(module: nn.Module, index: int, holding: Copies, residency: Residency) -> list[RemovableHandle]:
+    contexts: list[Any] = []  # `None` where entering failed
+
+    def pack(tensor: Tensor) -> Any:
+        for number, parameter in enumerate(holding.parameters):
+            view = as_view_of(tensor, parameter.data)
+            if view is not None:
+                return _Saved(number, view)
+        return tensor
+
+    def unpack(saved: Any) -> Tensor:
+        if not isinstance(saved, _Saved):
+            return saved  # type: ignore[no-any-return]
+        residency.enter(index, backward=True)
+        try:
+            dtype, size, stride, offset = saved.view
+            weight = holding.parameters[saved.parameter].data
+            return weight.view(dtype).as_strided(size, stride, offset)
+        finally:
+            residency.leave(index)
+
+    def before(module: nn.Module, args: Any) -> None:
+        contexts.append(None)
+        _refuse_trained(module, holding.parameters)
+        residency.enter(index)
+        contexts[-1] = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        contexts[-1].__enter__()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        context = contexts.pop()
+        if context is not None:
+            context.__exit__(None, None, None)
+            residency.leave(index)
+
+    return [
+        module.register_forward_pre_hook(before, prepend=True),
+        module.register_forward_hook(after, always_call=True),
+    ]
+
+
+def _refuse_trained(module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        raise StepError(
+            f"weights of {type(module).__name__} rest on another device than the one they run on, where they cannot be "
+            "trained. Run under torch.no_grad(), or freeze them (requires_grad_(False)) and train adapters."
+        )
