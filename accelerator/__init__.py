@@ -15,6 +15,16 @@ from strategies import CPU, DDP, AcceleratorError, SingleDevice, Strategy
 
 from .accelerator import Accelerator
 from .config import NOT_GIVEN
+from .launch import notebook_launcher
 
-__all__ = ["CPU", "DDP", "NOT_GIVEN", "Accelerator", "AcceleratorError", "SingleDevice", "Strategy"]
+__all__ = [
+    "CPU",
+    "DDP",
+    "NOT_GIVEN",
+    "Accelerator",
+    "AcceleratorError",
+    "SingleDevice",
+    "Strategy",
+    "notebook_launcher",
+]
 __version__ = "0.1.0"
