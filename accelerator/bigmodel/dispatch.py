@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from accelerator.byte_sizes import in_words, number_of_bytes
 from strategies.errors import ConfigurationError, PrepareError, listed
 from strategies.prepared.model import DISPATCHED
-from strategies.tree import iterate_tensors, move
+from strategies.tree import move
 
 from . import pages
 from .device_map import Kind, infer_auto_device_map
-from .hooks import attach
+from .hooks import attach, follow
 from .load import load_checkpoint_in_model, written
 from .parts import Part, parts_of
-from .places import Device, DeviceMap, check_device_map, device_of
+from .places import Device, DeviceMap, check_device_map, device_of, device_that_computes, rests
 from .residency import Copies, Holding, MappedPages, Residency
 
 
@@ -66,16 +65,18 @@ def dispatch_model(
     places = dict(device_map)
     main = _main_device(places, main_device)
     parts = parts_of(model, no_split_classes, named=places)
-    resting = [part for part in parts if _rests(device_of(part.names[0], places), main)]
+    resting = [part for part in parts if rests(device_of(part.names[0], places), main)]
     budget = _budget(resting, offload_budget)
     mappings = pages.FileMappings.read()
     for part in parts:
         _place(model, part, device_of(part.names[0], places), main, mappings, offload_folder)
     state = Dispatched(places, main)
     setattr(model, DISPATCHED, state)
-    devices = {main} | {_device(device_of(part.names[0], places), main) for part in parts if part not in resting}
+    devices = {main} | {
+        device_that_computes(device_of(part.names[0], places), main) for part in parts if part not in resting
+    }
     if len(devices) > 1 or main.type != "cpu":
-        _follow(model, parts, places, main, state.handles)
+        follow(model, parts, places, main, state.handles)
     if resting:
         mappings = pages.FileMappings.read()  # with what was written just now
         holdings: list[Holding] = [_holding(part, main, mappings) for part in resting]
@@ -203,20 +204,12 @@ def _first_device() -> torch.device:
     return torch.device("cpu") if found is None else torch.device(found.type, 0)
 
 
-def _device(device: Device | torch.device, main: torch.device) -> torch.device:
-    return main if device == "disk" else torch.device(device)
-
-
 def _main_device(places: Mapping[str, Device], asked: torch.device | str | int | None) -> torch.device:
     devices = [torch.device(device) for device in places.values() if device not in ("cpu", "disk")]
     main = torch.device(asked) if asked is not None else next(iter(devices), torch.device("cpu"))
     if main.type in ("meta", "xla"):
         raise ConfigurationError(f"main_device is {str(main)!r}; expected the CPU or an accelerator that torch drives")
     return main
-
-
-def _rests(device: Device, main: torch.device) -> bool:
-    return device == "disk" or (device == "cpu" and main.type != "cpu")
 
 
 def _refuse(model: nn.Module) -> None:
@@ -257,7 +250,7 @@ def _place(
     for tensor in part.tensors:
         is_buffer = not isinstance(tensor, nn.Parameter)  # small, and may be written to: it lies where it is used
         if device != "disk" or is_buffer:
-            place = main if is_buffer and _rests(device, main) else _device(device, main)
+            place = main if is_buffer and rests(device, main) else device_that_computes(device, main)
             if tensor.device != place:
                 tensor.data = tensor.detach().to(place)
         elif tensor.nbytes and not mappings.hold(tensor.detach()):
@@ -271,36 +264,3 @@ def _name_of(model: nn.Module, wanted: Tensor) -> str:
 
 def _holding(part: Part, main: torch.device, mappings: pages.FileMappings) -> Holding:
     return MappedPages(part, mappings) if main.type == "cpu" else Copies(part, main, mappings)
-
-
-# -- hooks -------------------------------------------------------------------------------------------------
-
-
-def _follow(
-    model: nn.Module,
-    parts: Sequence[Part],
-    places: Mapping[str, Device],
-    main: torch.device,
-    handles: list[RemovableHandle],
-) -> None:
-    """Have inputs move to the weights, and the model's outputs back to where its inputs were."""
-    came_from: list[torch.device | None] = []
-
-    def to(device: torch.device, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return move(args, device), move(kwargs, device)
-
-    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-        first = next(iterate_tensors((args, kwargs)), None)
-        came_from.append(None if first is None else first.device)
-
-    def end(module: nn.Module, args: Any, output: Any) -> Any:
-        device = came_from.pop()
-        return output if device is None or output is None else move(output, device)
-
-    for part in parts:
-        device = device_of(part.names[0], places)
-        target = main if _rests(device, main) else _device(device, main)
-        for module in part.modules:
-            handles.append(module.register_forward_pre_hook(partial(to, target), prepend=True, with_kwargs=True))
-    handles.append(model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
-    handles.append(model.register_forward_hook(end, always_call=True))

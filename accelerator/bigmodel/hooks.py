@@ -1,9 +1,10 @@
-"""Hooks that fetch the weights of a part when it runs, in forward and in backward, and let go of them after."""
+"""What happens around the forward of a dispatched model's parts: weights come, and inputs follow them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,41 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from strategies.errors import StepError
-from strategies.tree import iterate_tensors
+from strategies.tree import iterate_tensors, move
 
 from .parts import Part
+from .places import Device, device_of, device_that_computes, rests
 from .residency import Copies, Holding, Residency, as_view_of
+
+
+def follow(
+    model: nn.Module,
+    parts: Sequence[Part],
+    places: Mapping[str, Device],
+    main: torch.device,
+    handles: list[RemovableHandle],
+) -> None:
+    """Have inputs move to the weights, and the model's outputs back to where its inputs were."""
+    came_from: list[torch.device | None] = []
+
+    def to(device: torch.device, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return move(args, device), move(kwargs, device)
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        first = next(iterate_tensors((args, kwargs)), None)
+        came_from.append(None if first is None else first.device)
+
+    def end(module: nn.Module, args: Any, output: Any) -> Any:
+        device = came_from.pop()
+        return output if device is None or output is None else move(output, device)
+
+    for part in parts:
+        device = device_of(part.names[0], places)
+        target = main if rests(device, main) else device_that_computes(device, main)
+        for module in part.modules:
+            handles.append(module.register_forward_pre_hook(partial(to, target), prepend=True, with_kwargs=True))
+    handles.append(model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
+    handles.append(model.register_forward_hook(end, always_call=True))
 
 
 def attach(
@@ -24,7 +56,7 @@ def attach(
     residency: Residency,
     handles: list[RemovableHandle],
 ) -> None:
-    """Have each part of `model` fetch its weights before it runs, and let go of them after. Adds to `handles`."""
+    """Have parts that rest elsewhere brought in around their forward, and again for their backward."""
     for index, (part, holding) in enumerate(zip(parts, holdings, strict=True)):
         for module in dict.fromkeys(part.modules):
             if isinstance(holding, Copies):

@@ -23,6 +23,16 @@ def device_of(name: str, device_map: DeviceMap) -> Device:
     return device_map[name]
 
 
+def device_that_computes(device: Device, main: torch.device) -> torch.device:
+    """The device on which weights that are on `device` run, if they do not rest there."""
+    return main if device == "disk" else torch.device(device)
+
+
+def rests(device: Device, main: torch.device) -> bool:
+    """Whether weights on `device` are fetched to the device `main` to run."""
+    return device == "disk" or (device == "cpu" and main.type != "cpu")
+
+
 def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
     """Raise `ConfigurationError` if a device map names what is not in the model, or leaves something of it out."""
     tensors = [name for name, _ in model.named_parameters(remove_duplicate=False)]

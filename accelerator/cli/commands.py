@@ -12,6 +12,7 @@ from .config import main as config
 from .conformance import main as conformance
 from .doctor import env
 from .doctor import main as doctor
+from .estimate import main as estimate
 from .launch import main as launch
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -20,6 +21,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "env": env,
     "launch": launch,
     "conformance": conformance,
+    "estimate": estimate,
 }
 USAGE = """usage: accelerator COMMAND ...
 
@@ -28,6 +30,7 @@ USAGE = """usage: accelerator COMMAND ...
   env           print what a bug report needs
   launch        start a training script in several processes
   conformance   check a strategy against the contract
+  estimate      what a model takes in memory, for inference and for training
 
 accelerator COMMAND --help tells more."""
 
