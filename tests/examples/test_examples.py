@@ -1,25 +1,63 @@
-"""Every example runs as its reader would run it, and prints what its docstring says."""
+"""Every example runs and prints what its docstring says; two are started as their reader would start them."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
+
+from rank_pool import RankPool
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ROOT = EXAMPLES.parent
 
 
-def run(script: Path, *arguments: str, nproc: int = 1, strategy: str = "auto") -> str:
-    """What `script` prints on `nproc` processes of one thread each."""
-    launch = ["-m", "accelerator", "launch", "--nproc-per-node", str(nproc), "--strategy", strategy]
-    launch = launch if nproc > 1 else []
+class Player:
+    """Runs scripts on ranks that have torch already, which takes a tenth of starting an interpreter for each."""
+
+    def __init__(self, ranks: RankPool) -> None:
+        self._ranks = ranks
+
+    def __call__(self, script: str | Path, *arguments: str, nproc: int = 1, strategy: str = "auto") -> str:
+        """What a script, or an example by its name, prints on `nproc` processes, rank by rank."""
+        path = script if isinstance(script, Path) else EXAMPLES / f"{script}.py"
+        alone = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        env = {"ACCELERATOR_STRATEGY": strategy, **(alone if nproc == 1 else {})}
+        return "".join(self._ranks(play, str(path), arguments, nproc=nproc, env=env, timeout=110))
+
+
+def play(script: str, arguments: tuple[str, ...]) -> str:
+    """What `python script arguments` prints on this rank."""
+    sys.argv[:] = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    logger, printed = logging.getLogger("accelerator"), io.StringIO()
+    level = logger.level
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+        warnings.resetwarnings()  # a script's warnings are not errors
+        runpy.run_path(script, run_name="__main__")
+    logger.setLevel(level)
+    return printed.getvalue()
+
+
+@pytest.fixture
+def run(ranks: RankPool) -> Player:
+    return Player(ranks)
+
+
+def start(script: Path, *arguments: str, nproc: int = 1) -> str:
+    """What `script` prints when it is started as its reader would start it, on `nproc` processes of one thread each."""
+    launch = ["-m", "accelerator", "launch", "--nproc-per-node", str(nproc)] if nproc > 1 else []
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     finished = subprocess.run(
         [sys.executable, *launch, str(script), *arguments],
@@ -32,19 +70,15 @@ def run(script: Path, *arguments: str, nproc: int = 1, strategy: str = "auto") -
     return finished.stdout
 
 
-def run_example(name: str, nproc: int) -> str:
-    return run(EXAMPLES / f"{name}.py", nproc=nproc)
-
-
 @pytest.fixture
-def digits(tmp_path: Path):  # type: ignore[no-untyped-def]  # a function with a default
+def digits(run: Player, tmp_path: Path):  # type: ignore[no-untyped-def]  # a function with a default
     """Run a digits script for two epochs; its losses and its accuracy."""
 
     def losses(name: str, *, nproc: int = 1, shuffle: bool = True) -> tuple[list[float], float]:
         text = (EXAMPLES / f"{name}.py").read_text().replace("NUM_EPOCHS = 10", "NUM_EPOCHS = 2")
         script, curve = tmp_path / f"{name}.py", tmp_path / f"{name}_{nproc}.json"
         script.write_text(text if shuffle else text.replace("shuffle=True", "shuffle=False"))
-        output = run(script, "--curve", str(curve), nproc=nproc)
+        output = run(script, "--curve", str(curve)) if nproc == 1 else start(script, "--curve", str(curve), nproc=nproc)
         assert len(re.findall(r"^epoch \d+  loss", output, re.MULTILINE)) == 2  # on the main process only
         result = json.loads(curve.read_text())
         return result["losses"], result["accuracy"]
@@ -85,8 +119,8 @@ def test_the_diff_is_five_lines_of_training_and_five_of_reporting() -> None:
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_accumulate_gradients(nproc: int) -> None:
-    output = run_example("accumulate_gradients", nproc)
+def test_accumulate_gradients(run: Player, nproc: int) -> None:
+    output = run("accumulate_gradients", nproc=nproc)
     steps = re.findall(r"step (\d): +(\d+) samples, gradient \[(.*?)\], of one big batch \[(.*?)\]", output)
     assert [(step, samples) for step, samples, *_ in steps] == [("1", "16"), ("2", "6")]
     for *_, ours, truth in steps:
@@ -95,30 +129,30 @@ def test_accumulate_gradients(nproc: int) -> None:
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_weigh_by_tokens(nproc: int) -> None:
-    output = run_example("weigh_by_tokens", nproc)
+def test_weigh_by_tokens(run: Player, nproc: int) -> None:
+    output = run("weigh_by_tokens", nproc=nproc)
     weighted, unweighted = (float(number) for number in re.findall(r"([\d.]+) %", output))
     assert weighted == 0.0
     assert unweighted > 100
 
 
-def test_train_a_gan() -> None:
-    output = run_example("train_a_gan", 2)
+def test_train_a_gan(run: Player) -> None:
+    output = run("train_a_gan", nproc=2)
     assert "steps G 960  D 960" in output
     before, after = re.findall(r"ring: ([\d.]+) before, ([\d.]+) after", output)[0]
     assert float(after) < float(before) / 3
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_mixed_precision(nproc: int) -> None:
-    output = run_example("mixed_precision", nproc)
+def test_mixed_precision(run: Player, nproc: int) -> None:
+    output = run("mixed_precision", nproc=nproc)
     rows = re.findall(r"^(\w+) +outputs (\w+) +(\d+) .* (\d+) skipped, scheduler at (\d+)", output, re.MULTILINE)
     assert [row[:2] for row in rows] == [("no", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")]
     assert all(int(taken) + int(skipped) == 50 and taken == scheduled for _, _, taken, skipped, scheduled in rows)
     assert [int(skipped) > 0 for *_, skipped, _ in rows] == [False, False, True]
 
 
-def test_train_fsdp(tmp_path: Path) -> None:
+def test_train_fsdp(run: Player, tmp_path: Path) -> None:
     script = tmp_path / "train_fsdp.py"
     script.write_text(
         (EXAMPLES / "train_fsdp.py").read_text().replace("STEPS = 64, 4, 4, 64, 120", "STEPS = 64, 4, 4, 64, 40")
@@ -132,29 +166,29 @@ def test_train_fsdp(tmp_path: Path) -> None:
 
 
 def test_survive_a_kill() -> None:
-    output = run_example("survive_a_kill", 1)
+    output = start(EXAMPLES / "survive_a_kill.py")
     assert int(re.findall(r"killed (\d) times, finished 40 steps", output)[0]) >= 1
     assert "weights equal those of a run that was never killed: True" in output
 
 
 @pytest.mark.parametrize("nproc", [1, 3])
-def test_evaluate_exactly(nproc: int) -> None:
-    output = run_example("evaluate_exactly", nproc)
+def test_evaluate_exactly(run: Player, nproc: int) -> None:
+    output = run("evaluate_exactly", nproc=nproc)
     assert f"{nproc} processes" in output
     assert f"gathered {list(range(11))}" in output
     assert "right 7 of 11" in output
 
 
-def test_early_stopping() -> None:
-    output = run_example("early_stopping", 2)
+def test_early_stopping(run: Player) -> None:
+    output = run("early_stopping", nproc=2)
     step = re.findall(r"rank 1 is content after step (\d+)", output)
     assert len(step) == 1
     assert f"rank 0 of 2 stopped after step {step[0]}\n" in output
     assert f"rank 1 of 2 stopped after step {step[0]}\n" in output
 
 
-def test_track_metrics() -> None:
-    assert run_example("track_metrics", 1) == promised("track_metrics")
+def test_track_metrics(run: Player) -> None:
+    assert run("track_metrics", nproc=1) == promised("track_metrics")
 
 
 def promised(name: str) -> str:
@@ -163,7 +197,7 @@ def promised(name: str) -> str:
     return textwrap.dedent(text.partition("xpected output:\n")[2]).strip() + "\n"
 
 
-def test_find_a_nan() -> None:
-    output = run_example("find_a_nan", 2)
+def test_find_a_nan(run: Player) -> None:
+    output = run("find_a_nan", nproc=2)
     assert "in forward: the output of 0 (Normalise) of Sequential, whose inputs are finite" in output
     assert "samples [37, 20, 60, 10]" in output
