@@ -96,12 +96,13 @@ class Accelerator(Ranks):
         self._accumulation = Accumulation(self._strategy, self._world, precision, self._arithmetic.steps_for)
         self._record = Record(self._resolved, kept_by, self._accumulation)
         self._debugging = Debugging(self._settings, self._accumulation)
-        self._registered: list[Any] = []
+        about = {"strategy": self._strategy_name, "mixed_precision": precision.mode}
+        self._checkpoints = checkpoint.Checkpoints(self._accumulation, about, self.project_dir)
         self._seeded_apart = False
         if self._settings.seed is not None:
             processes.seed_everything(self._settings.seed)
             self._strategy.seed(self._settings.seed, self._world)
-        self._finalizer = weakref.finalize(self, _end, self._strategy, self._accumulation, self._record)
+        self._finalizer = weakref.finalize(self, _end, self._accumulation, self._record, self._checkpoints)
         try:
             check_world(self._resolved, self._world)
             precision.check(self._world.device)
@@ -265,18 +266,31 @@ class Accelerator(Ranks):
         with default_dtype(dtype or torch.get_default_dtype()), self._strategy.init_context(self._world, empty=empty):
             yield
 
-    def save_state(self, path: str | os.PathLike[str] | None = None, *, keep_last: int | None = None) -> Path:
+    def save_state(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        async_: bool = False,
+        metrics: Mapping[str, float] | None = None,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: tuple[str, Literal["min", "max"]] | None = None,
+        healthy_after: int = 10,
+    ) -> Path:
         """Write a checkpoint of everything prepared and registered; return its folder. Collective.
 
         Without `path`, into `checkpoints/step-<optimizer steps>` of `project_dir`. It is there as a whole or not at
-        all. `keep_last` deletes the oldest ones beside it afterwards. Raises `StateError` on every rank if one fails,
-        and inside an open accumulation window.
+        all. With `async_` the loop waits only for a copy in CPU memory; the files are written in the background, one
+        checkpoint at a time, and what goes wrong is raised by the next call of this, `load_state`, `resume` or
+        `end_training`. `metrics` are noted in it.
+
+        Afterwards, if any `keep_...` is given, those beside it are deleted that are not among the `keep_last`, of a
+        multiple of `keep_every` steps, the best by `keep_best=("val_loss", "min")`, or the newest that was followed
+        by `healthy_after` updates of finite loss. Raises `StateError` on every rank if one fails.
         """
-        step = self._record.steps_taken
-        target = Path(path) if path is not None else self._checkpoints() / checkpoint.name_of(step)
-        about = {"step": step, "strategy": self._strategy_name, "mixed_precision": self.mixed_precision}
-        checkpoint.save(target.absolute(), self._accumulation, self._registered, about, keep_last=keep_last)
-        return target
+        keep = checkpoint.Keep(last=keep_last, every=keep_every, best=keep_best, healthy_after=healthy_after)
+        target = Path(path) if path is not None else None
+        return self._checkpoints.save(target, metrics=metrics, keep=keep, in_background=async_)
 
     def load_state(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Go on from a checkpoint, on any strategy and number of processes; return its folder. Collective.
@@ -285,35 +299,24 @@ class Accelerator(Ranks):
         changed. Raises `StateError` if there is none, or if it does not fit what is prepared.
         """
         if path is not None:
-            checkpoint.load(Path(path).absolute(), self._accumulation, self._registered)
+            self._checkpoints.load(Path(path))
             self._record.resumed()
             return Path(path)
         found = self.resume()
         if found is None:
-            raise StateError(f"load_state() found no checkpoint in {str(self._checkpoints())!r}; give its path")
+            raise StateError(f"load_state() found no checkpoint in {str(self._checkpoints.folder)!r}; give its path")
         return found
 
     def resume(self) -> Path | None:
         """Go on from the newest whole checkpoint in `project_dir`, if there is one; `None` if not. Collective."""
-        found = checkpoint.resume(self._checkpoints().absolute(), self._accumulation, self._registered)
+        found = self._checkpoints.resume()
         if found is not None:
             self._record.resumed()
         return found
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Have `save_state` and `load_state` keep these too: objects with `state_dict` and `load_state_dict`."""
-        for item in objects:
-            if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
-                raise PrepareError(
-                    f"register_for_checkpointing() got {type(item).__name__}; expected objects with state_dict() and "
-                    "load_state_dict()"
-                )
-        self._registered += objects
-
-    def _checkpoints(self) -> Path:
-        if self.project_dir is None:
-            raise StateError("a checkpoint has no place: give save_state(path), or Accelerator(project_dir=...)")
-        return self.project_dir / "checkpoints"
+        self._checkpoints.register(objects)
 
     def get_state_dict(self, model: nn.Module, *, sharded: bool = False) -> dict[str, Any]:
         """The weights of `model`: whole, in CPU memory, on rank 0 and empty elsewhere. Collective.
@@ -366,9 +369,12 @@ class Accelerator(Ranks):
         self._finalizer()
 
 
-def _end(strategy: Strategy, accumulation: Accumulation, record: Record) -> None:
+def _end(accumulation: Accumulation, record: Record, checkpoints: checkpoint.Checkpoints) -> None:
     """Free what was wrapped, then leave: threads of a process group that outlive their models abort the exit."""
-    record.close()
-    accumulation.release()
-    gc.collect()
-    strategy.teardown(accumulation.world)
+    try:
+        checkpoints.close()
+    finally:
+        record.close()
+        accumulation.release()
+        gc.collect()
+        accumulation.strategy.teardown(accumulation.world)

@@ -1,6 +1,6 @@
 """Checkpoints: a run stopped anywhere goes on as if nothing had happened. Whole or absent, verified when read."""
 
-from .checkpoint import load, resume, save
-from .folder import name_of
+from .checkpoints import Checkpoints
+from .retention import Keep
 
-__all__ = ["load", "name_of", "resume", "save"]
+__all__ = ["Checkpoints", "Keep"]

@@ -24,6 +24,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{9})")
 _HIDDEN = ".writing-"
+_OLD = ".old-"
 _BLOCK = 2**22
 
 
@@ -90,7 +91,7 @@ def commit(hidden: Path, target: Path, files: Mapping[str, FileEntry], about: Ma
     for folder in {(hidden / name).parent for name in files} | {hidden}:
         flush(folder)
     if target.exists():  # an older one of the same step: out of the way in one rename, and only then deleted
-        old = target.with_name(f".old-{target.name}")
+        old = target.with_name(_OLD + target.name)
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         hidden.rename(target)
@@ -140,6 +141,30 @@ def what_is_wrong(folder: Path, manifest: Mapping[str, Any], rank: int = 0, size
         elif entry_of(path).digest != expected["xxh3_128"]:
             wrong.append(f"{name} has other contents than were written")
     return wrong
+
+
+def bring_back(parent: Path) -> None:
+    """Undo the first half of an exchange that was killed in the middle: the older one of a step is all there is."""
+    for old in parent.glob(f"{_OLD}*"):
+        target = old.with_name(old.name.removeprefix(_OLD))
+        if not target.exists() and (old / MANIFEST).exists():
+            old.rename(target)
+
+
+def clear_up(parent: Path) -> None:
+    """Delete what saves that were killed have left. To be called by the only writer."""
+    bring_back(parent)
+    for left in [*parent.glob(f"{_HIDDEN}*"), *parent.glob(f"{_OLD}*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, out of sight in one rename first: half of one is never seen."""
+    old = folder.with_name(_OLD + folder.name)
+    shutil.rmtree(old, ignore_errors=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # else it might be brought back
+    folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_plain(name: str) -> bool:

@@ -7,13 +7,15 @@ made of are let through, and nothing but tensors is read.
 from __future__ import annotations
 
 import pickle
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from strategies import World
@@ -50,8 +52,36 @@ class _OnlyAnIndex(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def write(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
-    """Write this rank's part of every tensor. Collective; what is whole on every rank is written once."""
+def stage(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in CPU memory, cut as the tensors are; in the memory of `before` where it has the same. Not a collective.
+
+    What is on a device is copied by the stager of `torch.distributed.checkpoint`.
+    """
+    on_device = {name: tensor for name, tensor in tensors.items() if tensor.device.type not in ("cpu", "xla")}
+    staged: dict[str, Tensor] = {}
+    if on_device:
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        staged.update(cast(dict[str, Tensor], BlockingAsyncStager().stage(on_device)))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name in on_device:
+                continue
+            held, kept = tensor.cpu() if _is_elsewhere(tensor) else tensor, before.get(name)
+            if kept is not None and _is_cut_alike(held, kept):
+                staged[name] = kept.copy_(held)
+            else:
+                staged[name] = held.clone()
+    return staged
+
+
+def _is_cut_alike(one: Tensor, two: Tensor) -> bool:
+    alike = type(one) is type(two) and one.shape == two.shape and one.dtype == two.dtype
+    return alike and getattr(one, "placements", None) == getattr(two, "placements", None)
+
+
+def write(tensors: Mapping[str, Tensor], folder: Path, world: World, group: dist.ProcessGroup | None = None) -> None:
+    """Write this rank's part of every tensor, over a process group. Collective; what all ranks have is written once."""
     from torch.distributed.checkpoint import FileSystemWriter, save
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -59,14 +89,35 @@ def write(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
     # A copy: on the host, a tensor of torch_xla may share memory with the one that training goes on to change.
     held = {name: tensor.cpu().clone() if _is_elsewhere(tensor) else tensor for name, tensor in tensors.items()}
     try:
-        with _quiet():
+        if world.size == 1:
+            _write_alone(cast(dict[str, Any], held), folder)
+            return
+        background = threading.current_thread() is not threading.main_thread()
+        with nullcontext() if background else _quiet():  # filters of warnings belong to all threads
             save(
                 cast(dict[str, Any], held),
                 storage_writer=FileSystemWriter(folder, sync_files=False),
-                no_dist=world.size == 1,
+                process_group=group,
             )
     except CheckpointException as error:  # derives from BaseException
         raise StateError(f"writing tensors failed: {_first_reason(error)}") from error
+    except (OSError, RuntimeError) as error:
+        raise StateError(f"writing tensors failed: {error!r}") from error
+
+
+def _write_alone(tensors: dict[str, Any], folder: Path) -> None:
+    """What `save` of torch does on one process, without its warning that there is one."""
+    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+
+    planner, writer = DefaultSavePlanner(), FileSystemWriter(folder, sync_files=False)
+    planner.set_up_planner(tensors, is_coordinator=True)
+    writer.set_up_storage_writer(True)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    plans, metadata = planner.create_global_plan([plan])
+    plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
+    results = writer.write_data(plan, planner)
+    results.wait()
+    writer.finish(metadata, [results.value()])
 
 
 def read(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:

@@ -1,0 +1,153 @@
+"""The checkpoints of one run: saved now or in the background, loaded, and deleted when they are not needed."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from strategies.accumulation import Accumulation
+from strategies.errors import PrepareError, StateError
+
+from . import folder as folders
+from . import loading, retention, saving
+from .peers import Peers
+from .retention import Health, Keep, Verdict
+from .saving import Draft
+
+
+class Checkpoints:
+    """What one Accelerator saves and loads. Every method but `register` is called by every rank."""
+
+    def __init__(self, accumulation: Accumulation, about: dict[str, Any], project_dir: Path | None) -> None:
+        self._accumulation = accumulation
+        self._about = about
+        self._project_dir = project_dir
+        self._peers = Peers(accumulation.world)
+        self._registered: list[Any] = []
+        self._health: Health | None = None
+        self._loaded: str | None = None
+        self._group: dist.ProcessGroup | None = None  # that of saves in the background
+        self._staging: dict[str, Tensor] = {}
+        self._in_flight: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def register(self, objects: tuple[Any, ...]) -> None:
+        """Keep these too."""
+        for item in objects:
+            if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
+                raise PrepareError(
+                    f"register_for_checkpointing() got {type(item).__name__}; expected objects with state_dict() and "
+                    "load_state_dict()"
+                )
+        self._registered += objects
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints without a path go."""
+        if self._project_dir is None:
+            raise StateError("a checkpoint has no place: give save_state(path), or Accelerator(project_dir=...)")
+        return self._project_dir / "checkpoints"
+
+    @property
+    def step(self) -> int:
+        """Steps that the optimizers have taken; the most of any of them."""
+        return max((link.num_steps for link in self._accumulation.optimizers), default=0)
+
+    def save(self, path: Path | None, *, metrics: Mapping[str, float] | None, keep: Keep, in_background: bool) -> Path:
+        """Write a checkpoint, after the one that may still be written; see `Accelerator.save_state`."""
+        self.wait()
+        target = path if path is not None else self.folder / folders.name_of(self.step)
+        about = {**self._about, "step": self.step, "metrics": _numbers(metrics or {})}
+        draft = saving.collect(self._accumulation, self._registered, about, self._peers)
+        verdict = self._watched().judge(keep.healthy_after) if keep.deletes else Verdict()
+        if not in_background:
+            self._finish(draft, target.absolute(), keep, verdict, self._peers)
+        else:
+            draft = draft.staged(self._staging)
+            self._staging = draft.tensors
+            peers = Peers(self._accumulation.world, self._own_group())
+            self._in_flight = threading.Thread(
+                target=self._finish_later, args=(draft, target.absolute(), keep, verdict, peers), name="save_state"
+            )
+            self._in_flight.start()
+        if self._health is not None:
+            self._health.saved(target.name)
+        return target
+
+    def wait(self) -> None:
+        """Return once nothing is being written. Raises what the last save in the background failed with, once."""
+        thread, self._in_flight = self._in_flight, None
+        if thread is not None:
+            thread.join()
+        failure, self._failure = self._failure, None
+        if isinstance(failure, StateError):
+            raise StateError(f"the last save_state(async_=True) failed: {failure}") from failure
+        if failure is not None:
+            raise failure
+
+    def load(self, path: Path) -> None:
+        """Load one checkpoint."""
+        self.wait()
+        path = path.absolute()
+        self._load(path, loading.verified(path, self._peers))
+
+    def close(self) -> None:
+        """Wait for the last save. Not a collective."""
+        self.wait()
+
+    def resume(self) -> Path | None:
+        """Load the newest that is whole, if there is any."""
+        self.wait()
+        found = loading.newest(self.folder.absolute(), self._peers)
+        if found is not None:
+            self._load(*found)
+        return found[0] if found is not None else None
+
+    def _load(self, path: Path, manifest: dict[str, Any]) -> None:
+        loading.load(path, manifest, self._accumulation, self._registered, self._peers)
+        self._loaded = path.name
+
+    def _watched(self) -> Health:
+        if self._health is None:
+            self._health = Health()
+            if self._loaded is not None:
+                self._health.saved(self._loaded)
+            self._accumulation.observers.append(self._health)
+        return self._health
+
+    def _finish(self, draft: Draft, target: Path, keep: Keep, verdict: Verdict, peers: Peers) -> None:
+        saving.write(draft, target, peers)
+        if keep.deletes:
+            good = frozenset.intersection(*(one.good for one in peers.gather(verdict)))
+            peers.on_main(lambda: retention.delete(target, keep, replace(verdict, good=good)))
+
+    def _finish_later(self, *arguments: Any) -> None:
+        try:
+            self._finish(*arguments)
+        except BaseException as error:
+            self._failure = error
+
+    def _own_group(self) -> dist.ProcessGroup | None:
+        """A group for the background: over that of training, its collectives would mix with those of the loop."""
+        if self._group is None and self._accumulation.world.size > 1:
+            self._group = dist.new_group(backend="gloo")
+        return self._group
+
+
+def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError):
+            raise StateError(f"metrics[{name!r}] is {value!r}; expected a number") from None
+        if not math.isfinite(found[name]):
+            del found[name]  # the best one is never one of these
+    return found

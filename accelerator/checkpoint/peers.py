@@ -1,0 +1,50 @@
+"""The ranks of a job as a checkpoint meets them: all do the same, and a failure of one is one of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from strategies import World
+from strategies.errors import StateError
+from strategies.process_group import named_failures
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks of `world`, over the process group of training or, in the background, over one of their own."""
+
+    world: World
+    group: dist.ProcessGroup | None = None
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, pickled, in rank order. Collective."""
+        if self.world.size == 1:
+            return [value]
+        received: list[Any] = [None] * self.world.size
+        with named_failures(self.world):
+            dist.all_gather_object(received, value, group=self.group)
+        return received
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Call `function`; raise `StateError` on every rank if it failed on any, with the reason. Collective."""
+        error: Exception | None = None
+        try:
+            result = function()
+        except (OSError, StateError) as problem:
+            error = problem
+        reasons = self.gather(None if error is None else str(error))
+        failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
+        if failed:
+            rank, reason = failed[0]
+            raise StateError(reason if len(failed) == self.world.size else f"rank {rank}: {reason}") from error
+        return result
+
+    def on_main(self, function: Callable[[], Any]) -> None:
+        """Have rank 0 call `function`; raise on every rank if it failed there. Collective."""
+        self.together(lambda: function() if self.world.is_main else None)

@@ -1,0 +1,158 @@
+"""Which checkpoints are deleted after a new one is in place, and which of them training has proved good."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from strategies.errors import ConfigurationError, StateError
+from strategies.observer import Observer
+
+from . import folder as folders
+
+if TYPE_CHECKING:
+    from strategies.prepared.optimizer import OptimizerLink
+    from strategies.window import Window
+
+_HEALTHY = ".healthy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """What to keep: the `last` ones, those of every so many steps, and the best one by a metric given when saving.
+
+    Whatever these say, the newest stays that was followed by `healthy_after` steps of finite loss. Without any of the
+    first three nothing is deleted.
+    """
+
+    last: int | None = None
+    every: int | None = None
+    best: tuple[str, Literal["min", "max"]] | None = None
+    healthy_after: int = 10
+
+    def __post_init__(self) -> None:
+        for name, value in (("last", self.last), ("every", self.every), ("healthy_after", self.healthy_after)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigurationError(f"keep_{name} is {value!r}; expected a number >= 1".replace("keep_h", "h"))
+        best = self.best
+        if best is not None and (len(best) != 2 or best[1] not in ("min", "max")):
+            raise ConfigurationError(
+                f"keep_best is {best!r}; expected a metric and 'min' or 'max': ('val_loss', 'min')"
+            )
+
+    @property
+    def deletes(self) -> bool:
+        """Whether anything may be deleted."""
+        return any(value is not None for value in (self.last, self.every, self.best))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Checkpoints that enough updates of finite loss have followed; and, in order, those not known yet to be so."""
+
+    good: frozenset[str] = frozenset()
+    waiting: tuple[str, ...] = ()
+
+
+class Health(Observer):
+    """Counts updates, and notes on the device, without waiting for it, which was the first with a loss not finite."""
+
+    def __init__(self) -> None:
+        self._num_updates = 0
+        self._losses: Tensor | None = None  # of the window at hand; their sum is finite if all of them are
+        self._first_bad: Tensor | None = None
+        self._waiting: list[tuple[str, int]] = []  # checkpoints, and the updates that there were before
+
+    def backward_ended(self, window: Window, loss: Tensor) -> None:
+        """Add the loss to those of its window."""
+        loss = loss.detach().float().reshape(())
+        self._losses = loss if self._losses is None else self._losses + loss
+
+    def update_ended(self, optimizer: OptimizerLink, taken: bool) -> None:
+        """Look at the window's losses."""
+        if not taken or self._losses is None:
+            return
+        self._num_updates += 1
+        now = torch.full_like(self._losses, self._num_updates)
+        never = torch.full_like(self._losses, torch.inf)
+        bad = torch.where(self._losses.isfinite(), never, now)
+        self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
+        self._losses = None
+
+    def saved(self, name: str) -> None:
+        """A checkpoint was written, or loaded: what follows tells whether it is good."""
+        self._waiting.append((name, self._num_updates))
+
+    def judge(self, steps: int) -> Verdict:
+        """Look at what followed each checkpoint on this rank. Waits for the device."""
+        first_bad = float(self._first_bad) if self._first_bad is not None else float("inf")
+        self._first_bad = None
+        good, waiting = [], []
+        for name, before in self._waiting:
+            if first_bad - before <= steps:
+                continue
+            if self._num_updates - before >= steps:
+                good.append(name)
+            else:
+                waiting.append((name, before))
+        self._waiting = waiting
+        return Verdict(frozenset(good), tuple(name for name, _ in waiting))
+
+
+def delete(newest: Path, keep: Keep, verdict: Verdict) -> None:
+    """Delete beside `newest` what `keep` does not name, and note which are good. One rank calls it.
+
+    The oldest one of which it is not known yet stays, too, so that one is known in the end, however few are kept. Only
+    checkpoints that look whole are counted, and only those are deleted.
+    """
+    parent = newest.parent
+    known = _note_good(parent, verdict.good)
+    whole: list[tuple[Path, int, Any]] = []
+    for path in folders.newest_first(parent):
+        with_manifest = _manifest_if_whole(path) if path.name <= newest.name else None
+        if with_manifest is not None:
+            whole.append((path, folders.step_of(path) or 0, with_manifest))
+    kept = {path for path, _, _ in whole[: keep.last or 1]}
+    kept |= {path for path, step, _ in whole if keep.every is not None and step % keep.every == 0}
+    kept |= set([path for path, _, _ in whole if path.name in known][:1])
+    kept |= set([path for path, _, _ in whole if path.name in verdict.waiting][-1:])
+    if keep.best is not None:
+        name, way = keep.best
+        measured = [(body["metrics"][name], path) for path, _, body in whole if name in body.get("metrics", {})]
+        if measured:
+            kept.add((min if way == "min" else max)(measured, key=lambda pair: pair[0])[1])
+    for path, _, _ in reversed(whole):
+        if path not in kept:
+            folders.remove(path)
+
+
+def _manifest_if_whole(path: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint whose files have their sizes; reading them all would take as long as saving."""
+    try:
+        manifest = folders.read_manifest(path)
+        sizes = all((path / name).stat().st_size == entry["size"] for name, entry in manifest["files"].items())
+    except (OSError, StateError):
+        return None
+    return manifest if sizes else None
+
+
+def _note_good(parent: Path, good: Iterable[str]) -> set[str]:
+    """Checkpoints known to be good, in this run and the ones before it."""
+    path = parent / _HEALTHY
+    try:
+        before = set(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        before = set()
+    known = before | set(good)
+    if known != before:
+        temporary = parent / f"{_HEALTHY}.new"
+        temporary.write_text(json.dumps(sorted(name for name in known if (parent / name).is_dir())))
+        os.replace(temporary, path)
+    return known
