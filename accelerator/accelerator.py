@@ -51,6 +51,8 @@ class Accelerator(Ranks):
     - `project_dir`: where the run's files go, and where `accelerator.toml` is looked for.
     - `trackers`: what keeps the values given to `log`: names such as `"jsonl"` or `"tensorboard"`, or `Tracker`s.
     - `detect_nonfinite`: whether to stop where a NaN or an infinity first appears, and name the place.
+    - `hang_timeout`, `first_step_timeout`: seconds without progress, after and before the first optimizer step, until
+      every process says where it waits, and all end.
     - `config`: the path of a configuration file.
 
     Raises `ConfigurationError` or `LaunchError` before any work is done.
@@ -70,6 +72,8 @@ class Accelerator(Ranks):
         project_dir: str | os.PathLike[str] | NotGiven | None = NOT_GIVEN,
         trackers: Sequence[str | Tracker] | NotGiven = NOT_GIVEN,
         detect_nonfinite: bool | NotGiven = NOT_GIVEN,
+        hang_timeout: int | NotGiven | None = NOT_GIVEN,
+        first_step_timeout: int | NotGiven | None = NOT_GIVEN,
         config: str | os.PathLike[str] | None = None,
     ) -> None:
         code = given(
@@ -84,6 +88,8 @@ class Accelerator(Ranks):
             project_dir=project_dir if isinstance(project_dir, NotGiven | None) else os.fspath(project_dir),
             trackers=trackers if isinstance(trackers, NotGiven) else names_of(trackers),
             detect_nonfinite=detect_nonfinite,
+            hang_timeout=hang_timeout,
+            first_step_timeout=first_step_timeout,
         )
         self._resolved = resolve_settings(code, config=config, environ=os.environ, directory=Path.cwd())
         self._settings = self._resolved.settings
@@ -102,7 +108,8 @@ class Accelerator(Ranks):
         if self._settings.seed is not None:
             processes.seed_everything(self._settings.seed)
             self._strategy.seed(self._settings.seed, self._world)
-        self._finalizer = weakref.finalize(self, _end, self._accumulation, self._record, self._checkpoints)
+        ends = (self._accumulation, self._record, self._checkpoints, self._debugging)
+        self._finalizer = weakref.finalize(self, _end, *ends)
         try:
             check_world(self._resolved, self._world)
             precision.check(self._world.device)
@@ -369,12 +376,13 @@ class Accelerator(Ranks):
         self._finalizer()
 
 
-def _end(accumulation: Accumulation, record: Record, checkpoints: checkpoint.Checkpoints) -> None:
+def _end(accumulation: Accumulation, record: Record, checkpoints: checkpoint.Checkpoints, debugging: Debugging) -> None:
     """Free what was wrapped, then leave: threads of a process group that outlive their models abort the exit."""
     try:
         checkpoints.close()
     finally:
         record.close()
+        debugging.stop()
         accumulation.release()
         gc.collect()
         accumulation.strategy.teardown(accumulation.world)

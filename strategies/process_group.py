@@ -237,6 +237,13 @@ def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None
     )
 
 
+def shared_store(seconds: float) -> dist.Store:
+    """The job's store over a connection of its own, so that a thread need not wait for another's; it gives up then."""
+    store: dist.Store = _default_store().clone()  # type: ignore[attr-defined]  # its annotations lack it
+    store.set_timeout(timedelta(seconds=seconds))
+    return store
+
+
 def _key(what: str) -> str:
     """This rank's key in the store of the process group, where the process keeps what belongs to the group."""
     return f"accelerator/{what}/{dist.get_rank()}"

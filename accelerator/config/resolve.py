@@ -156,6 +156,11 @@ def _check(settings: Settings, layer: Layer, asked: object) -> None:
             f"gradient_accumulation_steps is {steps.value!r} ({steps.origin}) and global_batch_size is "
             f"{batch.value!r} ({batch.origin}); expected one of the two, since each gives the other. Remove one."
         )
+    if settings.first_step_timeout is not None and settings.hang_timeout is None:
+        raise ConfigurationError(
+            f"first_step_timeout is {settings.first_step_timeout} ({layer['first_step_timeout'].origin}) and "
+            "hang_timeout is None; expected both, or hang_timeout alone"
+        )
     name = settings.strategy
     if asked is not None or ":" in name or name == "auto":
         return

@@ -88,6 +88,12 @@ class Settings:
         ("jsonl",), "what keeps the values that a loop logs: names, or package.module:Class"
     )
     detect_nonfinite: bool = setting(False, "stop where a NaN or an infinity first appears, and name the place")
+    hang_timeout: int | None = setting(
+        None, "seconds without progress after which all processes say where they wait, and end", minimum=1
+    )
+    first_step_timeout: int | None = setting(
+        None, "the same until the first optimizer step (default: 300, or hang_timeout if that is longer)", minimum=1
+    )
     launch: LaunchSettings = field(default_factory=LaunchSettings)
     strategy_options: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: MappingProxyType({}))
 

@@ -1,0 +1,107 @@
+"""Where a thread is: the line of the user's file, the collective it waits in, and what it brought there."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+import strategies
+from strategies.tree import describe
+
+_OURS = tuple(
+    os.path.dirname(os.path.realpath(str(path))) + os.sep for path in (strategies.__file__, os.path.dirname(__file__))
+)
+_LIBRARIES = tuple(
+    os.path.realpath(path) + os.sep
+    for path in dict.fromkeys((os.path.dirname(torch.__file__), *sysconfig.get_paths().values()))
+    if path and os.path.realpath(path) not in (sys.prefix, sys.base_prefix)
+)
+_DDP = os.path.join("torch", "nn", "parallel", "distributed.py")  # its collectives have no frames of their own
+_COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
+_BROUGHT = ("tensor", "input_tensor", "input", "input_list", "tensor_list", "input_tensor_list", "scatter_list")
+_NO_COLLECTIVES = frozenset({"init_process_group", "destroy_process_group", "wrapper", "func_return"})
+_SAID_AS = {"__enter__": "accumulate", "iterate": "next batch", "__call__": "forward"}
+
+
+@dataclass(frozen=True)
+class Position:
+    """`where` is file, line and function; `waits_in` a collective, or empty; `brought` the tensors given to it."""
+
+    where: str
+    waits_in: str = ""
+    brought: str = ""
+
+
+def stack_of(thread: int) -> list[FrameType]:
+    """The frames of a thread, innermost first; none if it has ended. Hold them no longer than needed."""
+    frame = sys._current_frames().get(thread)
+    return list(_outwards(frame))
+
+
+def signature(frames: list[FrameType]) -> tuple[tuple[int, int], ...]:
+    """Which instructions the frames are at: the same as long as a thread does not move."""
+    return tuple((id(frame.f_code), frame.f_lasti) for frame in frames)
+
+
+def locate(frames: list[FrameType], *, detailed: bool = False) -> Position:
+    """The innermost line that is neither of torch, nor of this library, nor of an installed one; what it called.
+
+    `detailed` also looks into local variables, for the tensors.
+    """
+    inside: list[FrameType] = []
+    for frame in frames:
+        path = frame.f_code.co_filename
+        if not _is_within(path, (*_OURS, *_LIBRARIES)):
+            where = f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
+            return Position(where, *_collective(inside, detailed=detailed))
+        inside.append(frame)
+    return Position("no line of the script: it ended, or has not begun", *_collective(inside, detailed=detailed))
+
+
+def _collective(inside: list[FrameType], *, detailed: bool) -> tuple[str, str]:
+    """Its name, as the script and as torch call it, and what this rank brought; `inside` are innermost first."""
+    names, brought, is_backward = [], "", False
+    operation = "DistributedDataParallel" if inside and inside[0].f_code.co_filename.endswith(_DDP) else ""
+    for frame in inside:
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if _is_within(path, _OURS):
+            names.append(_SAID_AS.get(name, name))
+        elif path.endswith(_COLLECTIVES) and not name.startswith("_") and name not in _NO_COLLECTIVES:
+            operation = name
+            brought = _brought(frame) if detailed and not brought else brought
+        is_backward |= name == "_engine_run_backward"
+    if not operation and not is_backward:
+        return "", ""
+    called = names[-1] if names else ""
+    words = [word for word in (called, operation) if word]
+    if is_backward and "backward" not in words:
+        words.insert(0, "backward")
+    return words[0] + (f" ({words[1]})" if len(words) > 1 and words[1] != words[0] else ""), brought
+
+
+def _brought(frame: FrameType) -> str:
+    variables = frame.f_locals
+    for name in _BROUGHT:
+        value = variables.get(name)
+        if isinstance(value, Tensor) or (isinstance(value, list | tuple) and value and isinstance(value[0], Tensor)):
+            return describe(value)
+    return ""
+
+
+@cache
+def _is_within(path: str, folders: tuple[str, ...]) -> bool:
+    return path.startswith("<") or os.path.realpath(path).startswith(folders)
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
