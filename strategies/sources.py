@@ -120,7 +120,7 @@ class Sources:
     def __init__(self, world: World) -> None:
         self._world = world
         self._open: list[Cursor] = []
-        self._latest: Cursor | None = None  # the last one that gave a batch, open or not
+        self.latest: Cursor | None = None  # the last one that gave a batch, open or not
         self._left_words = False
 
     def fail(self, error: BaseException) -> None:
@@ -146,7 +146,7 @@ class Sources:
         cursor.index = index
         cursor.is_last = is_last
         cursor.grad_enabled = torch.is_grad_enabled()
-        self._latest = cursor
+        self.latest = cursor
 
     def take(self, loader: DataLoader[Any] | None = None) -> Cursor | None:
         """The pass that `training` finds, its batch noted as trained on. Collective for the first batch of a pass."""
@@ -195,7 +195,7 @@ class Sources:
         """
         if loader is not None:
             return self._of(loader)
-        latest = self._latest
+        latest = self.latest
         if latest is None:
             return None
         inside = [cursor for cursor in reversed(self._open) if cursor.index >= 0]

@@ -131,9 +131,12 @@ class DataLoaderLink:
                 batches = accumulation.strategy.device_loader(iterator, world)
                 if cursor.is_planned:  # the usual pass, without another generator around it
                     assert cut is not None
-                    advance, final, mark_step = sources.advance, cut.num_batches - 1, accumulation.strategy.mark_step
+                    is_grad_enabled, mark_step = torch.is_grad_enabled, accumulation.strategy.mark_step
+                    final = cut.num_batches - 1
                     for index, batch in enumerate(self._watched(batches)):
-                        advance(cursor, index, index == final)
+                        cursor.index, cursor.is_last = index, index == final  # `advance`, without its call
+                        cursor.grad_enabled = is_grad_enabled()
+                        sources.latest = cursor
                         for observer in observers:
                             observer.batch_taken(cursor)
                         yield batch
