@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -359,6 +359,23 @@ class Accelerator(Ranks):
         need a `project_dir` and there is none.
         """
         self._record.log(values or {}, step, config)
+
+    def watch(
+        self, model: nn.Module, *, every: int = 100, log: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> None:
+        """Log mean, std, max_abs and share of zeros of activations and gradients, each step that `every` divides.
+
+        Every rank calls it, for a prepared model. The numbers, scalar tensors over all ranks, go to `log` on the main
+        process, without to the trackers. Raises `ConfigurationError` for a compiled model.
+        """
+        self._debugging.watch(model, every, log if log is not None else self.log)
+
+    def verify_replicas(self, every: int | None = None) -> None:
+        """Raise `ReplicasDifferError` if ranks that hold copies of a parameter or buffer hold other bits. Collective.
+
+        With `every`, not now but after each optimizer step that it divides. Between updates buffers may differ.
+        """
+        self._debugging.verify_replicas(every)
 
     def explain(self) -> Explanation:
         """What was asked and what runs, every setting with its origin. Print it; not a collective."""

@@ -111,6 +111,11 @@ class Strategy(ABC):
         for name, parameter in self.unwrap(wrapped).named_parameters():
             parameter.grad = gradients[name].to(parameter) if name in gradients else None
 
+    @property
+    def buffers_agree(self) -> bool:
+        """Whether all ranks have the same buffers after an update."""
+        return True
+
     def seed(self, value: int, world: World) -> None:  # noqa: B027  # nothing to do is right for most
         """Seed the generators of devices that `torch.manual_seed` does not reach. Called where a seed is configured."""
 

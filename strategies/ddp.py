@@ -111,6 +111,11 @@ class DDP(Strategy):
         """torch's autocast for the device."""
         return torch.autocast(world.device.type, dtype=precision.dtype)
 
+    @property
+    def buffers_agree(self) -> bool:
+        """Whether buffers are rank 0's after each update."""
+        return self.broadcast_buffers
+
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """Keep gradients local: DistributedDataParallel reads the flag in forward.
 

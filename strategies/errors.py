@@ -7,6 +7,7 @@
     │   └── NonfiniteError      a NaN or an infinity appeared, with `detect_nonfinite`
     ├── DataError               a dataloader cannot be sharded, or ranks disagree about it
     ├── StateError              saved weights or a checkpoint do not fit, or cannot be read or written
+    │   └── ReplicasDifferError ranks hold different copies of a tensor
     ├── CollectiveError         a collective cannot give a right answer
     │   ├── ShapeMismatchError  ranks brought tensors of different shapes or dtypes
     │   └── PeerLostError       another rank died or left
@@ -47,6 +48,10 @@ class DataError(AcceleratorError, RuntimeError):
 
 class StateError(AcceleratorError, RuntimeError):
     """Saved weights do not belong to the model that is to take them, or cannot be written."""
+
+
+class ReplicasDifferError(StateError):
+    """Ranks that should hold copies of one tensor hold different ones; found by `verify_replicas`, on every rank."""
 
 
 class CollectiveError(AcceleratorError, RuntimeError):

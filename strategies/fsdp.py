@@ -219,6 +219,11 @@ class FSDP(Strategy):
         """torch's autocast for the device; the gathered parameters have its dtype already."""
         return torch.autocast(world.device.type, dtype=precision.dtype)
 
+    @property
+    def buffers_agree(self) -> bool:
+        """Whether buffers are rank 0's after each update."""
+        return self.broadcast_buffers
+
     @contextmanager
     def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
         """Keep gradients local and whole: `fully_shard` reads the flag in backward."""

@@ -26,6 +26,17 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()  # type: ignore[no-any-return]
 
 
+def part_of(tensor: Tensor) -> int:
+    """The number of the part of `tensor` that this rank holds; ranks with the same number hold copies. 0 if whole."""
+    number = 0
+    if is_sharded(tensor):
+        mesh = tensor.device_mesh
+        for dim, (place, placement) in enumerate(zip(mesh.get_coordinate(), tensor.placements, strict=True)):
+            if not placement.is_replicate():
+                number = number * mesh.size(dim) + place
+    return number
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of `tensor`, detached, on its device. Collective if it is sharded."""
     tensor = tensor.detach()

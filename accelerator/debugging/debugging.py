@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from strategies.accumulation import Accumulation
+from strategies.errors import ConfigurationError
 
+from . import replicas
 from .hangs import HangWatch
 from .nonfinite import NonfiniteSearch
+from .statistics import Watch
 
 if TYPE_CHECKING:
     from ..config import Settings
@@ -33,7 +39,25 @@ class Debugging:
         if self._nonfinite is not None:
             self._nonfinite.attach()
 
+    def verify_replicas(self, every: int | None) -> None:
+        """Compare what ranks hold now, or after each step that `every` divides."""
+        if every is None:
+            replicas.verify(self._accumulation, self._accumulation.models)
+        else:
+            _refuse_below_one(every)
+            self._accumulation.observers.append(replicas.ReplicaCheck(self._accumulation, every))
+
+    def watch(self, model: nn.Module, every: int, log: Callable[[Mapping[str, Any]], None]) -> None:
+        """Give `log` statistics of `model` for each step that `every` divides."""
+        _refuse_below_one(every)
+        self._accumulation.observers.append(Watch(self._accumulation, self._accumulation.link(model), every, log))
+
     def stop(self) -> None:
         """End what runs beside the loop, before the processes part."""
         if self._hangs is not None:
             self._hangs.stop()
+
+
+def _refuse_below_one(every: int) -> None:
+    if every < 1:
+        raise ConfigurationError(f"every is {every}; expected a number of steps >= 1")

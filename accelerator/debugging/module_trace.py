@@ -64,12 +64,8 @@ class ModuleTrace:
         self._active = active
         self._places: dict[int, Place] = {}
         self._watched: dict[int, weakref.ref[Tensor]] = {}  # parameters whose gradients are looked at
+        refuse_compiled(model, "detect_nonfinite")
         for name, module in model.named_modules():
-            if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-                raise ConfigurationError(
-                    f"detect_nonfinite is on, but {name or 'the model'} is compiled: its modules do not run one at a "
-                    "time. Leave out torch.compile while you look for the value."
-                )
             module.register_forward_pre_hook(self._before(name), with_kwargs=True)
             module.register_forward_hook(self._after(name))
 
@@ -127,6 +123,16 @@ class ModuleTrace:
             place = Place(weakref.ref(parameter), 0, None, name, [name])
             full = f"{name}.{own}" if name else own
             parameter.register_hook(lambda gradient, p=place, n=full: self._look_back(gradient, p, n))
+
+
+def refuse_compiled(model: nn.Module, asked: str) -> None:
+    """Raise `ConfigurationError` for a model that `torch.compile` has fused."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ConfigurationError(
+                f"{asked} looks at modules one at a time, but {name or 'the model'} is compiled, which fuses them. "
+                "Leave out torch.compile while you look."
+            )
 
 
 def unfinite(named: Iterable[tuple[str, Tensor]]) -> list[str]:

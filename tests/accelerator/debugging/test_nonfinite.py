@@ -290,5 +290,7 @@ def test_the_loss_is_named_where_the_model_was_finite() -> None:
 def test_a_compiled_model_is_refused() -> None:
     model = nn.Linear(2, 2)
     model.compile(backend="eager")
-    with pytest.raises(ConfigurationError, match=r"detect_nonfinite is on, but the model is compiled"):
+    with pytest.raises(
+        ConfigurationError, match=r"detect_nonfinite looks at modules one at a time, but the model is compiled"
+    ):
         Accelerator("cpu", detect_nonfinite=True).prepare(model)
