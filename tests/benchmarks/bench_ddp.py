@@ -6,18 +6,13 @@ Run: python tests/benchmarks/bench_ddp.py
 
 from __future__ import annotations
 
-import contextlib
-import io
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from interleaved import ratios
+from interleaved import ratios_over_ranks, start_two
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -104,16 +99,7 @@ def worker() -> None:
         "Accelerate": with_accumulate(accelerate.Accelerator(cpu=True, gradient_accumulation_steps=STEPS)),
         "Fabric": with_fabric(),
     }
-    with contextlib.redirect_stdout(io.StringIO() if dist.get_rank() > 0 else sys.stdout):
-        ratios({name: _together(run) for name, run in arms.items()}, baseline="by hand", rounds=21)
-
-
-def _together(run: Callable[[], None]) -> Callable[[], None]:
-    def run_together() -> None:
-        dist.barrier()
-        run()
-
-    return run_together
+    ratios_over_ranks(arms, baseline="by hand", rounds=61)
 
 
 if __name__ == "__main__":
@@ -121,16 +107,4 @@ if __name__ == "__main__":
         worker()
     else:
         print(f"DDP, 2 processes, MLP of {LAYERS} layers of {WIDTH}")
-        started = time.perf_counter()
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-        ]
-        subprocess.run([*command, str(Path(__file__)), "--worker"], check=True)
-        print(f"  took {time.perf_counter() - started:.0f} s")
+        start_two(__file__)

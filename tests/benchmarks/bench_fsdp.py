@@ -7,16 +7,12 @@ Run: python tests/benchmarks/bench_fsdp.py
 
 from __future__ import annotations
 
-import contextlib
-import io
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from interleaved import ratios
+from interleaved import ratios_over_ranks, start_two
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -99,19 +95,10 @@ def clips() -> dict[str, Callable[[], None]]:
 def worker() -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(FSDP(), gradient_accumulation_steps=STEPS)  # joins the process group that all arms use
-    with contextlib.redirect_stdout(io.StringIO() if dist.get_rank() > 0 else sys.stdout):
-        arms = {"by hand": by_hand(), "torch-accelerator": prepared(accelerator)}
-        ratios({name: _together(run) for name, run in arms.items()}, baseline="by hand", rounds=21)
-        print("clip_grad_norm_, 150 sharded parameters")
-        ratios({name: _together(run) for name, run in clips().items()}, baseline="torch", rounds=21)
-
-
-def _together(run: Callable[[], None]) -> Callable[[], None]:
-    def run_together() -> None:
-        dist.barrier()
-        run()
-
-    return run_together
+    arms = {"by hand": by_hand(), "torch-accelerator": prepared(accelerator)}
+    ratios_over_ranks(arms, baseline="by hand", rounds=61)
+    accelerator.print("clip_grad_norm_, 150 sharded parameters")
+    ratios_over_ranks(clips(), baseline="torch", rounds=61)
 
 
 if __name__ == "__main__":
@@ -119,5 +106,4 @@ if __name__ == "__main__":
         worker()
     else:
         print(f"FSDP, 2 processes, {DEPTH} blocks of two layers of {WIDTH}")
-        launch = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        subprocess.run([sys.executable, *launch, str(Path(__file__)), "--worker"], check=True)
+        start_two(__file__)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 STEPS = 4
 BATCH = 8
-NUM_BATCHES = 200
+NUM_BATCHES = 60
 
 
 def parts(layers: int, width: int) -> tuple[nn.Module, Any, Any, DataLoader[Any], Callable[..., torch.Tensor]]:
@@ -98,7 +98,7 @@ def main() -> None:
             ),
             "Fabric": with_fabric(layers, width),
         }
-        ratios(arms, baseline="by hand", rounds=31, clock=time.thread_time)
+        ratios(arms, baseline="by hand", rounds=101, clock=time.thread_time)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -44,3 +48,24 @@ def ratios(
     for name, (median, lower, upper) in result.items():
         print(f"  {name} / {baseline}: {median:.3f}  (quartiles {lower:.3f} to {upper:.3f})")
     return result
+
+
+def ratios_over_ranks(arms: Mapping[str, Callable[[], None]], *, baseline: str, rounds: int) -> None:
+    """`ratios` on every rank of a process group, each run begun by all together; rank 0 prints its own."""
+    import torch.distributed as dist
+
+    def together(run: Callable[[], None]) -> Callable[[], None]:
+        def run_together() -> None:
+            dist.barrier()
+            run()
+
+        return run_together
+
+    with contextlib.redirect_stdout(io.StringIO() if dist.get_rank() > 0 else sys.stdout):
+        ratios({name: together(run) for name, run in arms.items()}, baseline=baseline, rounds=rounds)
+
+
+def start_two(script: str) -> None:
+    """Run `script --worker` on two processes of this machine."""
+    launch = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([sys.executable, *launch, script, "--worker"], check=True)
