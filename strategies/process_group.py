@@ -102,6 +102,15 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device(device.type, index)
 
 
+def _default_backend(device: torch.device) -> str:
+    try:
+        return dist.get_default_backend_for_device(device)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"torch has no default backend of collectives for {device.type}; expected its name, as in backend='nccl'"
+        ) from error
+
+
 def join(device: str, backend: str | None, timeout: timedelta) -> World:
     """Join the process group that the environment describes, or find this process's place in the joined one.
 
@@ -111,7 +120,7 @@ def join(device: str, backend: str | None, timeout: timedelta) -> World:
     picked = pick_device(device, placement.local_rank)
     if not dist.is_initialized():
         if backend is None:
-            default = dist.get_default_backend_for_device(picked)
+            default = _default_backend(picked)
             backend = default if picked.type == "cpu" else f"cpu:gloo,{picked.type}:{default}"
         dist.init_process_group(
             backend,

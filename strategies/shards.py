@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .xla_layout import lay_out_like
+
 
 def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
     """Whether `tensor` is a `DTensor`: each rank holds a part of it, or a copy laid out on a mesh."""
@@ -44,7 +46,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def cut_like(full: Tensor, like: Tensor) -> Tensor:
-    """`full`, which every rank has, cut as `like` is. Not a collective."""
+    """`full`, which every rank has, cut as `like` is, over ranks or over devices. Not a collective."""
+    if like.device.type == "xla":
+        lay_out_like(full, like)
     if not is_sharded(like):
         return full
     from torch.distributed.tensor import distribute_tensor

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from . import xla_runtime
+from . import blocks, xla_runtime
 from .base import Strategy
 from .errors import ConfigurationError, PrepareError
 from .init_module import born_on
@@ -19,7 +19,8 @@ from .recompilation import Recompilations
 from .tree import iterate_tensors, move
 from .unbiased_variance import correct_running_variance
 from .world import World
-from .xla_layout import Layout, move_model
+from .xla_checkpointing import recompute_in_backward
+from .xla_layout import Layout, move_model, refuse_others
 
 Shard = Literal["none", "data", "fsdp"]
 _NOTHING = nullcontext()  # may be entered again and again
@@ -45,6 +46,16 @@ class XLA(Strategy):
     also cuts parameters, gradients and optimizer state.
     `mesh`: for `"fsdp"`, copies of the model and devices that each is cut over; `None` is one copy over all.
     `min_sharded_elements`: smaller parameters stay whole on every device.
+    `activation_checkpointing`: whether blocks are computed again in backward (Chen et al. 2016, arXiv:1604.06174):
+    modules of the classes `transformer_layer_cls`, or of at least `min_num_params` elements; without either, the
+    blocks that a model of transformers declares, else the repeated ones.
+    `full_graph`: as in `torch_xla.compile`: reading a value inside a window is an error there and then, and not a
+    warning later. The window is compiled as one program in any case.
+
+    In the words of existing configurations, which `accelerator config convert` translates: `xla: true` is
+    `shard="fsdp"`, `xla_fsdp_grad_ckpt` is `activation_checkpointing`, with `transformer_layer_cls_to_wrap` or
+    `min_num_params` for its blocks; `compute_dtype` of `xla_fsdp_settings` is `mixed_precision`, `sharding_groups` is
+    `mesh`, and the rest, on how collectives are issued, is the compiler's.
     """
 
     single_process: ClassVar[bool] = True
@@ -52,6 +63,10 @@ class XLA(Strategy):
     shard: Shard = "data"
     mesh: tuple[int, int] | None = None
     min_sharded_elements: int = 1024
+    activation_checkpointing: bool = False
+    transformer_layer_cls: tuple[str, ...] = ()
+    min_num_params: int = 0
+    full_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.shard not in ("none", "data", "fsdp"):
@@ -65,6 +80,7 @@ class XLA(Strategy):
             raise ConfigurationError(f"mesh is {self.mesh}; expected two numbers >= 1, such as (2, 4)")
         if self.min_sharded_elements < 1:
             raise ConfigurationError(f"min_sharded_elements is {self.min_sharded_elements}; expected at least 1")
+        self._refuse_unused_choice()
 
     def setup(self) -> World:
         """Start the runtime of torch_xla, before any backward, and lay its devices out in a mesh."""
@@ -88,6 +104,9 @@ class XLA(Strategy):
 
     def wrap(self, model: nn.Module, world: World, precision: Precision) -> nn.Module:
         """Move the model to the device(s), tie again what was tied, and cut its parameters."""
+        if self.activation_checkpointing:
+            blocks.refuse_caches(model)
+            recompute_in_backward(model, self._blocks(model))
         model = move_model(model, world.device)
         correct_running_variance(model)
         layout = _xla(world).layout
@@ -109,10 +128,13 @@ class XLA(Strategy):
         return _NOTHING
 
     def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
-        """The program computes the mean over the whole batch."""
+        """The program computes the mean over the whole batch. Parameters must be those that were prepared."""
+        for model in wrapped:
+            refuse_others(model)
 
     def discard_gradients(self, wrapped: nn.Module) -> None:
         """Nothing is kept outside `.grad`."""
+        self._allow_reads(True)
 
     def mark_step(self, world: World) -> None:
         """Run what was recorded."""
@@ -120,19 +142,24 @@ class XLA(Strategy):
 
         recompilations = _xla(world).recompilations
         recompilations.before_run()
+        self._allow_reads(True)
         torch_xla.sync()
         recompilations.after_run()
 
     def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
         """Move each batch to the device, cut over all of them. An exception of the data passes through."""
         own = _xla(world)
-        for batch in batches:
-            own.recompilations.note_batch(batch)
-            placed = move(batch, world.device)
-            if own.layout is not None:
-                for tensor in iterate_tensors(placed):
-                    own.layout.place_batch(tensor)
-            yield placed
+        try:
+            for batch in batches:
+                own.recompilations.note_batch(batch)
+                placed = move(batch, world.device)
+                if own.layout is not None:
+                    for tensor in iterate_tensors(placed):
+                        own.layout.place_batch(tensor)
+                self._allow_reads(not torch.is_grad_enabled())  # evaluation reads what it likes
+                yield placed
+        finally:
+            self._allow_reads(True)
 
     def init_context(self, world: World, *, empty: bool) -> AbstractContextManager[Any]:
         """Parameters are born on the CPU, whose generator gives the numbers of one process."""
@@ -141,9 +168,28 @@ class XLA(Strategy):
     def describe(self, wrapped: nn.Module, world: World) -> Mapping[str, str]:
         """The devices, how they are laid out, and what is cut over them."""
         layout = _xla(world).layout
+        again = {"recomputed": f"{len(self._blocks(wrapped))} blocks"} if self.activation_checkpointing else {}
         if layout is None:
-            return {"devices": f"1 of torch_xla ({world.device})"}
-        return {"devices": f"{_xla(world).num_devices} of torch_xla, one program", **layout.describe(wrapped)}
+            return {"devices": f"1 of torch_xla ({world.device})", **again}
+        return {"devices": f"{_xla(world).num_devices} of torch_xla, one program", **layout.describe(wrapped), **again}
+
+    def _blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        if self.transformer_layer_cls:
+            return blocks.by_class(model, self.transformer_layer_cls)
+        return blocks.by_size(model, self.min_num_params) if self.min_num_params else blocks.automatic(model)
+
+    def _allow_reads(self, allowed: bool) -> None:
+        if self.full_graph:
+            xla_runtime.allow_reads(allowed)
+
+    def _refuse_unused_choice(self) -> None:
+        names, size = self.transformer_layer_cls, self.min_num_params
+        if size < 0 or (names and size) or ((names or size) and not self.activation_checkpointing):
+            raise ConfigurationError(
+                f"transformer_layer_cls is {names}, min_num_params is {size} and activation_checkpointing is "
+                f"{self.activation_checkpointing}; expected at most one of the first two, and only with "
+                "activation_checkpointing=True: they choose the blocks that it computes again"
+            )
 
     def _refuse_uncut(self, model: nn.Module, layout: Layout) -> None:
         parameters = dict(model.named_parameters())

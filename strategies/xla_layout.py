@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import PrepareError
+from .errors import PrepareError, StepError
 
 _AXES = ("data", "fsdp")
+_PREPARED = "_prepared_for_xla"  # an attribute of parameters
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,15 @@ class Layout:
             torch_xla._XLAC._xla_mark_sharding(tensor, self.mesh.get_op_sharding(spec))
 
 
+def lay_out_like(tensor: Tensor, like: Tensor) -> None:
+    """Lay `tensor`, on the device of torch_xla and of the shape of `like`, over devices as `like` is."""
+    import torch_xla
+
+    sharding = torch_xla._XLAC._get_xla_op_sharding(like)
+    if sharding is not None:
+        torch_xla._XLAC._xla_mark_sharding(tensor, sharding)
+
+
 def move_model(model: nn.Module, device: torch.device) -> nn.Module:
     """Move `model` in place. Its parameters are replaced; their ties and Python attributes are kept.
 
@@ -89,7 +99,19 @@ def move_model(model: nn.Module, device: torch.device) -> nn.Module:
     re_tie(model, ties)
     for name, parameter in model.named_parameters():
         vars(parameter).update(vars(before[name]))
+        setattr(parameter, _PREPARED, True)
     return model
+
+
+def refuse_others(model: nn.Module) -> None:
+    """Raise `StepError` for a parameter that `move_model` did not move: no optimizer knows it, nor is it laid out."""
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, _PREPARED):
+            raise StepError(
+                f"{name} of {type(model).__name__} is not the parameter that was prepared: it was added or replaced "
+                "since, and the optimizer does not know it. Change the model before prepare(), or write into the "
+                "parameter: parameter.data.copy_(value)."
+            )
 
 
 def ties_of(model: nn.Module) -> list[list[str]]:

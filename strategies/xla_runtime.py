@@ -52,6 +52,13 @@ def seed(value: int) -> None:
     torch_xla.manual_seed(value % 2**63)
 
 
+def allow_reads(allowed: bool) -> None:
+    """Whether values may be read from devices. Forbidden, a read raises and its stack is printed."""
+    import torch_xla
+
+    torch_xla._XLAC._set_allow_execution(allowed)
+
+
 def _import(strategy: str) -> None:
     try:
         import torch_xla  # noqa: F401  # an import that fails must fail here

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from strategies.accumulation import Accumulation
 from strategies.errors import StateError, listed
+from strategies.shards import cut_like, is_sharded
 
 from .encode import decode, encode, names_of_tensors
 
@@ -193,7 +194,8 @@ class Content:
 
 def _like(parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if shape == parameter.shape and parameter.ndim:
-        return torch.empty_like(parameter.detach(), dtype=dtype)
+        empty = torch.empty_like(parameter.detach(), dtype=dtype)
+        return empty if is_sharded(empty) else cut_like(empty, parameter.detach())
     return torch.empty(shape, dtype=dtype)
 
 

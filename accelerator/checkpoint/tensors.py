@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from strategies import World
+from strategies import World, xla_planners
 from strategies.errors import StateError
 
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -55,7 +55,7 @@ class _OnlyAnIndex(pickle.Unpickler):
 def stage(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies in CPU memory, cut as the tensors are; in the memory of `before` where it has the same. Not a collective.
 
-    What is on a device is copied by the stager of `torch.distributed.checkpoint`.
+    What is on a device is copied by the stager of `torch.distributed.checkpoint`, but for torch_xla's, which is whole.
     """
     on_device = {name: tensor for name, tensor in tensors.items() if tensor.device.type not in ("cpu", "xla")}
     staged: dict[str, Tensor] = {}
@@ -67,7 +67,7 @@ def stage(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[s
         for name, tensor in tensors.items():
             if name in on_device:
                 continue
-            held, kept = tensor.cpu() if _is_elsewhere(tensor) else tensor, before.get(name)
+            held, kept = tensor.cpu() if tensor.device.type == "xla" else tensor, before.get(name)
             if kept is not None and _is_cut_alike(held, kept):
                 staged[name] = kept.copy_(held)
             else:
@@ -86,16 +86,15 @@ def write(tensors: Mapping[str, Tensor], folder: Path, world: World, group: dist
     from torch.distributed.checkpoint.api import CheckpointException
 
     folder.mkdir(parents=True, exist_ok=True)
-    # A copy: on the host, a tensor of torch_xla may share memory with the one that training goes on to change.
-    held = {name: tensor.cpu().clone() if _is_elsewhere(tensor) else tensor for name, tensor in tensors.items()}
     try:
         if world.size == 1:
-            _write_alone(cast(dict[str, Any], held), folder)
+            with _quiet() if _is_on_xla(tensors) else nullcontext():
+                _write_alone(cast(dict[str, Any], dict(tensors)), folder)
             return
         background = threading.current_thread() is not threading.main_thread()
         with nullcontext() if background else _quiet():  # filters of warnings belong to all threads
             save(
-                cast(dict[str, Any], held),
+                cast(dict[str, Any], dict(tensors)),
                 storage_writer=FileSystemWriter(folder, sync_files=False),
                 process_group=group,
             )
@@ -109,7 +108,8 @@ def _write_alone(tensors: dict[str, Any], folder: Path) -> None:
     """What `save` of torch does on one process, without its warning that there is one."""
     from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 
-    planner, writer = DefaultSavePlanner(), FileSystemWriter(folder, sync_files=False)
+    planner = xla_planners.save_planner() if _is_on_xla(tensors) else DefaultSavePlanner()
+    writer = FileSystemWriter(folder, sync_files=False)
     planner.set_up_planner(tensors, is_coordinator=True)
     writer.set_up_storage_writer(True)
     plan = writer.prepare_local_plan(planner.create_local_plan())
@@ -125,18 +125,13 @@ def read(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
     from torch.distributed.checkpoint import DefaultLoadPlanner, load
     from torch.distributed.checkpoint.api import CheckpointException
 
-    wanted = cast(
-        dict[str, Any],
-        {name: torch.empty_like(t, device="cpu") if _is_elsewhere(t) else t for name, t in tensors.items()},
-    )
+    planner = xla_planners.load_planner() if _is_on_xla(tensors) else DefaultLoadPlanner()
+    wanted = cast(dict[str, Any], dict(tensors))
     try:
         with _quiet():
-            load(wanted, storage_reader=_reader(folder), planner=DefaultLoadPlanner(), no_dist=world.size == 1)
+            load(wanted, storage_reader=_reader(folder), planner=planner, no_dist=world.size == 1)
     except CheckpointException as error:
         raise StateError(f"reading tensors failed: {_first_reason(error)}") from error
-    for name, tensor in tensors.items():
-        if _is_elsewhere(tensor):
-            tensor.copy_(wanted[name])
 
 
 def index_of(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -172,9 +167,9 @@ def _reader(folder: Path) -> Any:
     return Reader(folder)
 
 
-def _is_elsewhere(tensor: Tensor) -> bool:
-    """Whether `torch.distributed.checkpoint` cannot reach the tensor where it is, as on a device of torch_xla."""
-    return tensor.device.type == "xla"
+def _is_on_xla(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether any is on a device of torch_xla, which `torch.distributed.checkpoint` reaches through its planners."""
+    return any(tensor.device.type == "xla" for tensor in tensors.values())
 
 
 @contextmanager
@@ -182,6 +177,7 @@ def _quiet() -> Iterator[None]:
     """Without torch's warnings that it saves in one process, which is what is meant, and of its own deprecations."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch 2.9
+        warnings.filterwarnings("ignore", message="Using a non-tuple sequence")  # torch_xla 2.9
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
 

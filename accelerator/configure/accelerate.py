@@ -75,13 +75,14 @@ def convert(text: str, name: str) -> Conversion:
     table = _read(text, name)
     document = _document(table, name)
     fates = [fate for key, value in table.items() for fate in _fates(key, value, document)]
+    if document.is_on_xla:
+        recomputes = any("xla.activation_checkpointing" in fate.outcome.values for fate in fates)
+        fates = [_on_xla(fate, recomputes=recomputes) for fate in fates]
     values: dict[str, object] = {}
     for fate in fates:
         values.update(fate.outcome.values)
     if document.is_on_xla:  # whichever of the two keys came later
         values["strategy"] = "xla"
-        values = {key: value for key, value in values.items() if not key.startswith("fsdp.")}
-        fates = [_without_fsdp(fate) for fate in fates]
     return Conversion(values, tuple(fates))
 
 
@@ -186,8 +187,12 @@ def _full(key: str, prefix: str, rules: Mapping[str, Rule]) -> str:
     return key if key in rules else prefix + key
 
 
-def _without_fsdp(fate: Fate) -> Fate:
-    """One program cuts every parameter by itself, so what fully_shard is told has no place beside `xla: true`."""
-    if not any(name.startswith("fsdp.") for name in fate.outcome.values):
+def _on_xla(fate: Fate, *, recomputes: bool) -> Fate:
+    """One program cuts every parameter by itself: beside `xla: true`, blocks are only what may be computed again."""
+    told = {name: value for name, value in fate.outcome.values.items() if name.startswith("fsdp.")}
+    if not told:
         return fate
-    return Fate(fate.key, fate.value, lost("xla cuts every parameter by itself; it has no blocks to tell this"))
+    names = ("fsdp.transformer_layer_cls", "fsdp.min_num_params") if recomputes else ()
+    kept = {name.replace("fsdp.", "xla."): value for name, value in told.items() if name in names}
+    words = "xla cuts every parameter by itself; it has no blocks to tell this"
+    return Fate(fate.key, fate.value, Outcome("converted", "of blocks computed again", kept) if kept else lost(words))

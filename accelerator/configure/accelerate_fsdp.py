@@ -141,10 +141,16 @@ def _xla_dtype(value: Any, document: Document) -> Outcome:
     return becomes("mixed_precision", precision)
 
 
+def _xla_grad_ckpt(value: Any, document: Document) -> Outcome:
+    if not switch("xla_fsdp_grad_ckpt", value):
+        return needless("asks for nothing")
+    return becomes("xla.activation_checkpointing", True)
+
+
 XLA: Mapping[str, Rule] = {
     "xla": _xla,
     "xla_fsdp_v2": lost_if_asked("without xla: true it asks for nothing", True),
-    "xla_fsdp_grad_ckpt": lost_if_asked("wrap blocks in torch_xla.utils.checkpoint.checkpoint in the model"),
+    "xla_fsdp_grad_ckpt": _xla_grad_ckpt,
 }
 _COMPILER = always(needless("one program for all devices: the compiler gathers, frees and orders what it needs"))
 XLA_SETTINGS: Mapping[str, Rule] = {

@@ -1,43 +1,68 @@
-"""Train some steps under a strategy, go on from a checkpoint if there is one, save, and print the losses as JSON."""
+"""Train under some strategies, save, and go on under others, as a script: prints how far each ends from the rest.
+
+`python checkpoints.py FOLDER write data cpu ...` trains two windows of an epoch under each and saves, and two epochs
+without a break. `python checkpoints.py FOLDER read fsdp ...` goes on from every checkpoint under each, to the end of
+the second epoch. With `write+read`, one after the other.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch.utils.data import DataLoader
 
 from accelerator import Accelerator
-from strategies import CPU, XLA
+from strategies import CPU, DDP, FSDP
+from training import BATCH, LENGTH, MODES, STEPS, make_data, make_net, make_schedule, shapes_on_devices, steps
+
+STRATEGIES = {"cpu": CPU(), "ddp": DDP(device="cpu"), "fsdp2": FSDP(device="cpu"), **MODES}
+PER_EPOCH = -(-LENGTH // BATCH)
 
 
-class Net(nn.Sequential):
-    pass
+def train(name: str, folder: Path, num_batches: int, *, save: bool = False) -> Any:
+    """Losses of batches, from the checkpoint in `folder` if there is one; and whether state is cut before a step."""
+    accelerator = Accelerator(
+        STRATEGIES[name], project_dir=folder, gradient_accumulation_steps=STEPS, split_batches=True
+    )
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, eps=1e-3)
+    order = torch.Generator().manual_seed(1)
+    loader = DataLoader(make_data(), batch_size=BATCH, shuffle=True, generator=order)
+    model, optimizer, schedule, loader = accelerator.prepare(net, optimizer, make_schedule(optimizer), loader)
+    resumed = accelerator.resume() is not None
+    as_cut = name not in MODES or not resumed or is_cut_alike(shapes_on_devices(model, optimizer))
+    losses: list[Any] = []
+    while len(losses) < num_batches:
+        for each in steps(accelerator, model, optimizer, loader, schedule):
+            losses.append(accelerator.gather_for_metrics(each))
+            if len(losses) == num_batches:
+                break
+    if save:
+        accelerator.save_state()
+    accelerator.end_training()
+    return [float(each.mean()) for each in losses], as_cut
 
 
-def main(place: str, folder: str, num_steps: int) -> None:
-    strategy = CPU() if place == "cpu" else XLA(shard="fsdp", min_sharded_elements=1)
-    accelerator = Accelerator(strategy, project_dir=folder)
-    torch.manual_seed(0)
-    net = Net(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, eps=1e-3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
-    model, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
-    accelerator.resume()
-    x = torch.linspace(-1, 1, 32).view(8, 4).to(accelerator.device)
-    losses = []
-    for _ in range(num_steps):
-        with accelerator.accumulate(model):
-            loss = model(x).square().mean()
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-        losses.append(float(loss.detach().cpu()))
-    accelerator.save_state()
-    print(json.dumps(losses))
+def is_cut_alike(shapes: dict[str, Any]) -> bool:
+    names = [name for name in shapes if f"momentum of {name}" in shapes]
+    return bool(names) and all(shapes[name] == shapes[f"momentum of {name}"] for name in names)
+
+
+def main(folder: Path, tasks: str, *names: str) -> None:
+    found: dict[str, Any] = {}
+    for name in names if "write" in tasks else ():
+        found[name] = train(name, folder / name, 2 * STEPS, save=True)
+        found[f"whole {name}"] = train(name, folder / f"whole {name}", 2 * PER_EPOCH)
+    for name in names if "read" in tasks else ():
+        writers = sorted(path.name for path in folder.iterdir() if (path / "checkpoints").exists())
+        for writer in [one for one in writers if name in MODES or one in MODES]:
+            found[f"{writer} to {name}"] = train(name, folder / writer, 2 * PER_EPOCH - 2 * STEPS)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,11 +1,11 @@
-"""Loops that compile too often, or read inside a window, as a script: prints the warnings of each as JSON."""
+"""Loops that compile too often, or read inside a window: the warnings of each, and whether it raised."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from accelerator import Accelerator
-from training import BATCH, MODES, each_loss, make_data, make_net, make_sgd
+from strategies import XLA
+from training import BATCH, each_loss, make_data, make_net, make_sgd, steps
 
-Change = Callable[[int, Tensor], Tensor]
+Loop = Callable[[Accelerator, Any, Any, Any], None]
 
 
 class Kept(logging.Handler):
@@ -27,13 +28,16 @@ class Kept(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def warnings_of(loop: Callable[[Accelerator, Any, Any, Any], None], length: int = 12 * BATCH, **options: Any) -> Any:
+def warnings_of(strategy: XLA, loop: Loop, length: int = 12 * BATCH, **options: Any) -> list[str]:
     kept = Kept()
     logging.getLogger("accelerator").addHandler(kept)
-    accelerator = Accelerator(MODES[sys.argv[1]], **options)
+    accelerator = Accelerator(strategy, **options)
     net = make_net()
-    loader = DataLoader(make_data(length), batch_size=BATCH, drop_last=options.get("drop_last", False))
-    loop(accelerator, *accelerator.prepare(net, make_sgd(net), loader))
+    loader = DataLoader(make_data(length), batch_size=BATCH)
+    try:
+        loop(accelerator, *accelerator.prepare(net, make_sgd(net), loader))
+    except RuntimeError as error:
+        kept.messages.append(f"raised {error}")
     accelerator.end_training()
     logging.getLogger("accelerator").removeHandler(kept)
     return kept.messages
@@ -43,13 +47,8 @@ def steady(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) ->
     """Two epochs with a short last batch, values read where they should be, an evaluation in between."""
     for _ in range(2):
         losses = []
-        for x, y, _ in loader:
-            with accelerator.accumulate(model):
-                loss = each_loss(model, x, y).mean()
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.detach())
+        for each in steps(accelerator, model, optimizer, loader):
+            losses.append(each.mean())
             if accelerator.sync_gradients:
                 losses[-1].item()
         torch.stack(losses).mean().item()
@@ -59,55 +58,57 @@ def steady(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) ->
                 each_loss(model, x, y).mean().item()
 
 
+def evaluating_inside(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
+    """An evaluation that reads values while a window is open, and a look at the data that is left by break."""
+    test_loader = accelerator.prepare(DataLoader(make_data(19), batch_size=BATCH))
+    for number, _ in enumerate(steps(accelerator, model, optimizer, loader)):
+        if number == 1:
+            with torch.no_grad():
+                for x, y, _ in test_loader:
+                    each_loss(model, x, y).mean().item()
+    x, *_ = next(iter(loader))
+    x.sum().item()
+
+
 def reading(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
-    for x, y, _ in loader:
-        with accelerator.accumulate(model):
-            loss = each_loss(model, x, y).mean()
-            loss.item()  # the line to be named
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+    def read(loss: Tensor) -> None:
+        loss.item()  # the line to be named
+
+    run(steps(accelerator, model, optimizer, loader, inside=read))
 
 
 def printing(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
-    for x, y, _ in loader:
-        with accelerator.accumulate(model):
-            loss = each_loss(model, x, y).mean()
-            print(loss, file=sys.stderr)
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+    run(steps(accelerator, model, optimizer, loader, inside=lambda loss: print(loss, file=sys.stderr)))
 
 
 def changing_shapes(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
     samples = [(torch.randn(n, 32), torch.randn(n, 32)) for n in (4, 4, 4, 4, 4, 5, 6, 7, 8, 5)]
     lengths = DataLoader(samples, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
-    for x, y in accelerator.prepare(lengths):
-        with accelerator.accumulate(model):
-            accelerator.backward(each_loss(model, x, y).mean())
-            optimizer.step()
-            optimizer.zero_grad()
+    run(steps(accelerator, model, optimizer, accelerator.prepare(lengths)))
 
 
 def changing_number(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
-    for number, (x, y, _) in enumerate(loader):
-        with accelerator.accumulate(model):
-            accelerator.backward(each_loss(model, x, y)[: 2 + number % 7].mean())
-            optimizer.step()
-            optimizer.zero_grad()
+    def loss_of(each: Tensor, number: int) -> Tensor:
+        return each[: 2 + number % 7].mean()
+
+    run(steps(accelerator, model, optimizer, loader, loss_of=loss_of))
 
 
-def main() -> None:
-    results = {
-        "steady": warnings_of(steady, 12 * BATCH + 3),
-        "steady windows": warnings_of(steady, 17 * BATCH + 3, gradient_accumulation_steps=3),
-        "reading": warnings_of(reading),
-        "printing": warnings_of(printing),
-        "shapes": warnings_of(changing_shapes),
-        "number": warnings_of(changing_number),
+def run(loop: Any) -> None:
+    for _ in loop:
+        pass
+
+
+def loops(strategy: XLA) -> Any:
+    forbidding = replace(strategy, full_graph=True)
+    return {
+        "steady": warnings_of(strategy, steady, 12 * BATCH + 3),
+        "steady windows": warnings_of(strategy, steady, 17 * BATCH + 3, gradient_accumulation_steps=3),
+        "steady, forbidden to read": warnings_of(forbidding, steady, 12 * BATCH + 3),
+        "evaluating, forbidden to read": warnings_of(forbidding, evaluating_inside, gradient_accumulation_steps=3),
+        "reading": warnings_of(strategy, reading),
+        "reading, forbidden": warnings_of(forbidding, reading),
+        "printing": warnings_of(strategy, printing),
+        "shapes": warnings_of(strategy, changing_shapes),
+        "number": warnings_of(strategy, changing_number),
     }
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,11 @@
-"""Run a script of this folder in a process of its own: one process is in one mode of torch_xla from start to end."""
+"""Each mode of torch_xla in one process of its own, which does all that is asked of the mode; two at a time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,40 @@ import pytest
 from fresh_process import FreshProcesses
 
 HERE = Path(__file__).resolve().parent
-Run = Callable[..., Any]
+Came = Callable[[str, str], Any]
 
 
 @pytest.fixture(scope="session")
-def run(fresh: FreshProcesses) -> Run:
-    """`run("parts.py", "data")` gives what the script prints as JSON in its last line. Each is run once."""
-    done: dict[tuple[str, ...], Any] = {}
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the programs of `fsdp` are dumped."""
+    return tmp_path_factory.mktemp("programs")
 
-    def run_once(*command: str) -> Any:
-        if command not in done:
-            name, *arguments = command
-            (finished,) = fresh(HERE / name, *arguments, timeout=500)
-            assert finished.returncode == 0, finished.stderr
-            done[command] = json.loads(finished.stdout.splitlines()[-1])
-        return done[command]
 
-    return run_once
+@pytest.fixture(scope="session")
+def came(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[Came]:
+    """`came("data", "sgd")` is what came of a part of `parts.py` under a mode.
+
+    Only what the tests of this session use is run: their parameters `mode`, and `part` if all have one.
+    """
+    processes = FreshProcesses(tmp_path_factory.mktemp("modes"))  # not `fresh`, whose processes end with each test
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    modes = dict.fromkeys(call["mode"] for call in calls if "mode" in call)
+
+    def run(mode: str) -> Any:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={programs} --xla_dump_hlo_as_text"
+        job = processes.start(HERE / "parts.py", mode, env={"XLA_FLAGS": flags} if mode == "fsdp" else None)
+        (finished,) = job.wait(timeout=1200)
+        assert finished.returncode == 0, finished.stderr
+        return json.loads(finished.stdout.splitlines()[-1])
+
+    pool = ThreadPoolExecutor(max_workers=2)
+    running = {mode: pool.submit(run, mode) for mode in modes}
+
+    def result(mode: str, part: str) -> Any:
+        found = running[mode].result()[part]
+        assert not isinstance(found, dict) or "error" not in found, found["error"]
+        return found
+
+    yield result
+    pool.shutdown(wait=False, cancel_futures=True)
+    processes.kill_leftovers()

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import sys
+import time
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from accelerator import Accelerator
+from compilations import loops
+from conformance import rules
 from strategies import XLA
 from training import (
     BATCH,
+    CONFORMING,
     LENGTH,
     MODES,
     STEPS,
@@ -32,6 +38,7 @@ from training import (
     make_sgd,
     plain,
     shapes_on_devices,
+    steps,
     train,
     weights_of,
 )
@@ -59,6 +66,53 @@ def bf16(strategy: XLA) -> Any:
     return distance(train(strategy, mixed_precision="bf16"), plain())
 
 
+class Blocks(nn.Module):
+    """Blocks to be computed again: called by keyword, given data that needs no gradient, returning a tuple."""
+
+    class Block(nn.Module):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.up, self.drop, self.down = nn.Linear(32, 64), nn.Dropout(rate), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor, *, scale: float) -> tuple[Tensor, None]:
+            return x + scale * self.down(torch.tanh(self.drop(self.up(x)))), None
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block(rate) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, _ = block(x, scale=0.5)
+        return x
+
+
+def recomputed(strategy: XLA) -> Any:
+    """Activation checkpointing changes no number: of a run, of one gradient with dropout, of a copy."""
+    again = replace(strategy, activation_checkpointing=True)
+    runs, gradients, tanhs = [], [], []
+    for chosen in (strategy, again):
+        accelerator = Accelerator(chosen, gradient_accumulation_steps=STEPS, seed=1)
+        net = make_net(Blocks)
+        model, optimizer, loader = accelerator.prepare(net, make_sgd(net), DataLoader(make_data(), batch_size=BATCH))
+        runs.append(torch.cat([each.cpu() for each in steps(accelerator, model, optimizer, loader)]))
+        dropping = accelerator.prepare(make_net(lambda: Blocks(0.5)))
+        torch_xla.manual_seed(7)
+        each_loss(dropping, *[t[:BATCH].to(accelerator.device) for t in make_data().tensors[:2]]).mean().backward()
+        recorded = [parameter.grad for parameter in dropping.parameters()]
+        tanhs.append(torch_xla._XLAC._get_xla_tensors_text(recorded).count("::tanh("))
+        gradients.append(torch.cat([gradient.cpu().flatten() for gradient in recorded]))
+    x = make_data().tensors[0]
+    copied, loaded = copy.deepcopy(model).cpu(), pickle.loads(pickle.dumps(model)).cpu()
+    return {
+        "losses": float(((runs[0] - runs[1]).abs() / runs[0]).max()),
+        "gradient": float((gradients[0] - gradients[1]).abs().max()),
+        "tanhs": tanhs,
+        "of copies": float((copied(x) - loaded(x)).abs().max()),
+        "explain": "recomputed                        2 blocks" in str(accelerator.explain()),
+    }
+
+
 class Normalised(nn.Module):
     """Batch normalisation of vectors and of images, and dropout that does nothing in evaluation."""
 
@@ -79,14 +133,11 @@ def batch_norm(strategy: XLA) -> Any:
     accelerator = Accelerator(strategy)
     net, twin = make_net(Normalised), make_net(Normalised)
     model, optimizer, loader = accelerator.prepare(net, make_sgd(net), DataLoader(make_data(), batch_size=BATCH))
-    other = make_sgd(twin)
-    for x, y, _ in loader:
-        with accelerator.accumulate(model):
-            accelerator.backward(each_loss(model, x, y).mean())
-            optimizer.step()
-            optimizer.zero_grad()
+    other, (inputs, targets, _) = make_sgd(twin), make_data().tensors
+    for number, _ in enumerate(steps(accelerator, model, optimizer, loader)):
+        own = slice(number * BATCH, (number + 1) * BATCH)
         other.zero_grad()
-        each_loss(twin, x.cpu(), y.cpu()).mean().backward()
+        each_loss(twin, inputs[own], targets[own]).mean().backward()
         other.step()
     found = {
         name: float((buffer.cpu() - dict(twin.named_buffers())[name]).abs().max())
@@ -110,11 +161,7 @@ def evaluation(strategy: XLA) -> Any:
         net, make_sgd(net), DataLoader(make_data(), batch_size=BATCH), DataLoader(make_data(43), batch_size=BATCH)
     )
     gathered, pending = [], []
-    for number, (x, y, _) in enumerate(loader):
-        with accelerator.accumulate(model):
-            accelerator.backward(each_loss(model, x, y).mean())
-            optimizer.step()
-            optimizer.zero_grad()
+    for number, _ in enumerate(steps(accelerator, model, optimizer, loader)):
         if number in (1, 3):
             model.eval()
             with torch.no_grad():
@@ -168,24 +215,20 @@ def resume(strategy: XLA) -> Any:
         if state is not None:
             for item, saved in zip((model, optimizer, schedule), state, strict=True):
                 item.load_state_dict(saved)
-        states = []
+        states, loaded = [], shapes_on_devices(model, optimizer)
         for _ in range(epochs):
-            for x, y, _ in loader:
-                with accelerator.accumulate(model):
-                    accelerator.backward(each_loss(model, x, y).mean())
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad()
+            for _ in steps(accelerator, model, optimizer, loader, schedule):
+                pass
             weights = accelerator.get_state_dict(model)
             moments = copy.deepcopy(torch.utils._pytree.tree_map_only(Tensor, on_cpu, optimizer.state_dict()))
             states.append((weights, moments, copy.deepcopy(schedule.state_dict())))
-        return states, shapes_on_devices(model, optimizer)
+        return states, loaded, shapes_on_devices(model, optimizer)
 
-    whole, before = run(None, 2)
-    parts, after = run(whole[0], 1)
+    whole, _, before = run(None, 2)
+    parts, loaded, after = run(whole[0], 1)
     differences = [float((whole[1][0][name] - value).abs().max()) for name, value in parts[0][0].items()]
     make_net().load_state_dict(whole[1][0])  # what was saved fits a model on the CPU
-    return {"weights": max(differences), "same shapes": before == after}
+    return {"weights": max(differences), "same shapes": before == after, "same before a step": before == loaded}
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
@@ -291,19 +334,25 @@ def export(strategy: XLA) -> Any:
 
 
 PARTS = (
-    sgd, adamw, by_tokens, bf16, batch_norm, evaluation, resume, dropout, optimizers, clip_value, exceptions, export,
+    sgd, adamw, by_tokens, bf16, recomputed, batch_norm, evaluation, resume, dropout, optimizers, clip_value,
+    exceptions, export, loops, rules,
 )  # fmt: skip
+# What one device shows as well as a mesh of several.
+ONLY_UNDER = {"optimizers": ("fsdp",), "loops": ("none", "fsdp"), "recomputed": ("none", "fsdp")}
 
 
 def main(mode: str, wanted: list[str]) -> None:
     results: dict[str, Any] = {}
     for part in PARTS:
-        if wanted and part.__name__ not in wanted:
+        name = part.__name__
+        if mode not in ONLY_UNDER.get(name, (mode,)) or (wanted and name not in wanted):
             continue
+        start = time.process_time()
         try:
-            results[part.__name__] = part(MODES[mode])
+            results[name] = part(CONFORMING[mode] if part is rules else MODES[mode])
         except Exception:
-            results[part.__name__] = {"error": traceback.format_exc()}
+            results[name] = {"error": traceback.format_exc()}
+        print(f"{name}: {time.process_time() - start:.1f} s", file=sys.stderr, flush=True)
     print(json.dumps(results))
 
 

@@ -9,21 +9,28 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
+
+
+@pytest.fixture
+def messages(mode: str, came: Callable[[str, str], Any]) -> dict[str, list[str]]:
+    return came(mode, "loops")
 
 
 @pytest.fixture(params=["none", "fsdp"])
-def messages(request: pytest.FixtureRequest, run: Callable[..., Any]) -> dict[str, list[str]]:
-    return run("compilations.py", request.param)
+def mode(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def line_of(message: str) -> str:
     path, number = re.search(r"([^ ]+\.py):(\d+)$", message).groups()
-    assert Path(path) == Path(__file__).with_name("compilations.py")
+    assert Path(path).parent == Path(__file__).parent
     return Path(path).read_text().splitlines()[int(number) - 1]
 
 
-@pytest.mark.parametrize("loop", ["steady", "steady windows"])
+@pytest.mark.parametrize(
+    "loop", ["steady", "steady windows", "steady, forbidden to read", "evaluating, forbidden to read"]
+)
 def test_a_steady_loop_is_not_warned(messages: dict[str, list[str]], loop: str) -> None:
     assert messages[loop] == []
 
@@ -33,6 +40,11 @@ def test_a_value_read_inside_a_window_is_named(messages: dict[str, list[str]]) -
     line, words = re.match(r"(.*?\.py:\d+) (read a value from the device inside a window.*)", message).groups()
     assert "# the line to be named" in line_of(line)
     assert "accumulate" in line_of(words)
+
+
+def test_a_value_read_inside_a_window_is_an_error_where_that_is_asked(messages: dict[str, list[str]]) -> None:
+    (message,) = messages["reading, forbidden"]
+    assert message.startswith("raised Unexpected execution happens inside the compiled function")
 
 
 def test_a_value_printed_inside_a_window_is_told_with_the_window(messages: dict[str, list[str]]) -> None:

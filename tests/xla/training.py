@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_xla.core.xla_model as xm
-import torch_xla.debug.metrics as metrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accelerator import Accelerator
-from strategies import XLA, World
+from strategies import XLA, Strategy, World
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ CONFORMING = {  # the kit's model is smaller than any that is cut by default
     **MODES,
     "fsdp": XLA(shard="fsdp", min_sharded_elements=1),
     "hybrid": XLA(shard="fsdp", mesh=(2, 2), min_sharded_elements=1),
-    "forgets": ForgetsTheStep(),
 }
 
 STEPS, BATCH, LENGTH = 3, 8, 8 * 3 * 5 + 8 + 3  # five full windows, and a short one whose last batch is uneven
@@ -106,13 +103,43 @@ def weights_of(net: nn.Module) -> dict[str, Tensor]:
 
 def counts() -> tuple[int, int]:
     """Programs compiled and programs run so far. Runs are counted by threads of the runtime, so it waits for them."""
+    import torch_xla.core.xla_model as xm
+    import torch_xla.debug.metrics as metrics
+
     xm.wait_device_ops()
     runs = ("ExecuteComputation", "ExecuteReplicated")
     return metrics.counter_value("UncachedCompile") or 0, sum(metrics.counter_value(name) or 0 for name in runs)
 
 
+def steps(
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    batches: Iterable[Any],
+    schedule: Any = None,
+    *,
+    inside: Callable[[Tensor], object] = lambda loss: None,
+    loss_of: Callable[..., Tensor] = lambda each, number: each.mean(),
+) -> Iterator[Tensor]:
+    """The loop of most of these tests: a micro-batch of every batch, and the samples' losses after it.
+
+    `inside` gets the loss inside the window; `loss_of` makes it, from the samples' losses and the number of the batch.
+    """
+    for number, (x, y, *_) in enumerate(batches):
+        with accelerator.accumulate(model):
+            each = each_loss(model, x, y)
+            loss = loss_of(each, number)
+            inside(loss)
+            accelerator.backward(loss)
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            optimizer.zero_grad()
+        yield each.detach()
+
+
 def train(
-    strategy: XLA,
+    strategy: Strategy,
     make_optimizer: Any = make_sgd,
     *,
     epochs: int = 2,
@@ -168,9 +195,9 @@ def shapes_on_devices(model: Any, optimizer: Any) -> dict[str, list[list[int]]]:
 
     found = {name: of(parameter) for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        momentum = optimizer.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            found[f"momentum of {name}"] = of(momentum)
+        for key in ("momentum_buffer", "exp_avg"):
+            if key in optimizer.state[parameter]:
+                found[f"momentum of {name}"] = of(optimizer.state[parameter][key])
     return found
 
 

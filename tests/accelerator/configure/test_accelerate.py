@@ -155,7 +155,12 @@ def resolved_from(text: str, folder: Path, *words: str) -> tuple[Resolved, Strat
             8,
         ),
         (TPU, XLA(), "bf16", 1),
-        (TPU_FSDP, XLA(shard="fsdp"), "bf16", 1),
+        (
+            TPU_FSDP,
+            XLA(shard="fsdp", activation_checkpointing=True, transformer_layer_cls=("GPT2Block",)),
+            "bf16",
+            1,
+        ),
     ],
     ids=["multi_cpu", "single", "cpu", "multi_gpu", "multi_node", "fsdp_1", "fsdp_2", "tpu", "tpu_fsdp"],
 )
