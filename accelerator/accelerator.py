@@ -27,6 +27,7 @@ from .choice import check_world, chosen_name
 from .config import NOT_GIVEN, NotGiven, given, resolve_settings
 from .debugging import Debugging
 from .explain import Explanation, explain
+from .ledger import start_ledger
 from .ranks import Ranks
 from .record import Record, chosen_trackers, names_of
 from .trackers import Tracker
@@ -50,6 +51,7 @@ class Accelerator(Ranks):
     - `seed`: of Python's, NumPy's and torch's generators and of the order of the data.
     - `project_dir`: where the run's files go, and where `accelerator.toml` is looked for.
     - `trackers`: what keeps the values given to `log`: names such as `"jsonl"` or `"tensorboard"`, or `Tracker`s.
+    - `data_ledger`: whether to write down which samples each rank was given, in `project_dir`.
     - `detect_nonfinite`: whether to stop where a NaN or an infinity first appears, and name the place.
     - `hang_timeout`, `first_step_timeout`: seconds without progress, after and before the first optimizer step, until
       every process says where it waits, and all end.
@@ -71,6 +73,7 @@ class Accelerator(Ranks):
         seed: int | NotGiven | None = NOT_GIVEN,
         project_dir: str | os.PathLike[str] | NotGiven | None = NOT_GIVEN,
         trackers: Sequence[str | Tracker] | NotGiven = NOT_GIVEN,
+        data_ledger: bool | NotGiven = NOT_GIVEN,
         detect_nonfinite: bool | NotGiven = NOT_GIVEN,
         hang_timeout: int | NotGiven | None = NOT_GIVEN,
         first_step_timeout: int | NotGiven | None = NOT_GIVEN,
@@ -87,6 +90,7 @@ class Accelerator(Ranks):
             seed=seed,
             project_dir=project_dir if isinstance(project_dir, NotGiven | None) else os.fspath(project_dir),
             trackers=trackers if isinstance(trackers, NotGiven) else names_of(trackers),
+            data_ledger=data_ledger,
             detect_nonfinite=detect_nonfinite,
             hang_timeout=hang_timeout,
             first_step_timeout=first_step_timeout,
@@ -105,17 +109,21 @@ class Accelerator(Ranks):
         about = {"strategy": self._strategy_name, "mixed_precision": precision.mode}
         self._checkpoints = checkpoint.Checkpoints(self._accumulation, about, self.project_dir)
         self._seeded_apart = False
-        if self._settings.seed is not None:
-            processes.seed_everything(self._settings.seed)
-            self._strategy.seed(self._settings.seed, self._world)
-        ends = (self._accumulation, self._record, self._checkpoints, self._debugging)
+        self._seed()
+        ends = self._accumulation, self._record, self._checkpoints, self._debugging
         self._finalizer = weakref.finalize(self, _end, *ends)
         try:
             check_world(self._resolved, self._world)
             precision.check(self._world.device)
+            start_ledger(self._settings, self._accumulation)
         except AcceleratorError:
             self._finalizer()
             raise
+
+    def _seed(self) -> None:
+        if self._settings.seed is not None:
+            processes.seed_everything(self._settings.seed)
+            self._strategy.seed(self._settings.seed, self._world)
 
     # -- the five lines ------------------------------------------------------------------------------------
 

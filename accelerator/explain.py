@@ -95,7 +95,9 @@ def explain(resolved: Resolved, name: str, accumulation: Accumulation, arithmeti
 def _debugging(resolved: Resolved) -> list[Row]:
     """The settings that look for bugs, where any is on."""
     names = [
-        name for name in ("detect_nonfinite", "hang_timeout", "first_step_timeout") if getattr(resolved.settings, name)
+        name
+        for name in ("data_ledger", "detect_nonfinite", "hang_timeout", "first_step_timeout")
+        if getattr(resolved.settings, name)
     ]
     values = [(name, str(getattr(resolved.settings, name))) for name in names]
     return [Row(name, value, value, resolved.origins[name]) for name, value in values]

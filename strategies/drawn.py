@@ -198,16 +198,21 @@ class ListedBatchSampler(Sampler[list[Any]]):
         self.cut = ListedCut(sizes, self.cut.world_size, self.cut.split, start)
         return self.cut
 
-    def __iter__(self) -> Iterator[list[Any]]:
-        cut, batches, rank = self.cut, self._batches, self.rank
+    def batch(self, number: int) -> list[Any]:
+        """What this rank has of global batch `number` of the pass at hand; nothing for a ghost."""
+        cut, rank = self.cut, self.rank
         if not cut.split:
-            for first in range(0, len(batches), cut.world_size):
-                yield batches[first + rank] if first + rank < len(batches) else batches[first][:1]
-            return
-        for batch in batches:
-            each, more = divmod(len(batch), cut.world_size)
-            begin = rank * each + min(rank, more)
-            yield batch[begin : begin + each + (rank < more)] or batch[:1]
+            place = number * cut.world_size + rank
+            return self._batches[place] if place < len(self._batches) else []
+        batch = self._batches[number]
+        each, more = divmod(len(batch), cut.world_size)
+        begin = rank * each + min(rank, more)
+        return batch[begin : begin + each + (rank < more)]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        together = 1 if self.cut.split else self.cut.world_size
+        for number in range(self.cut.num_batches):
+            yield self.batch(number) or self._batches[number * together][:1]
 
 
 def _state_of(sampler: Any) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class Settings:
     trackers: tuple[str, ...] = setting(
         ("jsonl",), "what keeps the values that a loop logs: names, or package.module:Class"
     )
+    data_ledger: bool = setting(False, "write down in project_dir which samples each rank was given at which step")
     detect_nonfinite: bool = setting(False, "stop where a NaN or an infinity first appears, and name the place")
     hang_timeout: int | None = setting(
         None, "seconds without progress after which all processes say where they wait, and end", minimum=1

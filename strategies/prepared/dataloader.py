@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from .. import collectives, seeded
+from ..drawn import ListedBatchSampler, Repeat
 from ..errors import DataError
 from ..lockstep import Step
 from ..sharding import ComputedOrder, Cut
@@ -158,10 +159,14 @@ class DataLoaderLink:
     def indices(self, cursor: Cursor, batch: int) -> list[Any] | None:
         """Which samples this rank has in a batch of the pass `cursor`, as the dataset counts; `None` if not known."""
         source, cut = self.source, cursor.cut
-        if isinstance(source, Stream) or not isinstance(cut, Cut) or not 0 <= batch < cut.num_batches:
+        if isinstance(source, Stream) or cut is None or not 0 <= batch < cut.num_batches:
             return None
-        positions = np.arange(*cut.bounds(batch, cursor.rank), dtype=np.int64)
-        return source.order.indices(positions, cursor.epoch)
+        if isinstance(source, ListedBatchSampler):
+            found = source.batch(batch)
+        else:
+            assert isinstance(cut, Cut)
+            found = source.order.indices(np.arange(*cut.bounds(batch, cursor.rank), dtype=np.int64), cursor.epoch)
+        return [index.index if isinstance(index, Repeat) else index for index in found]
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         """`batches`, each announced to observers, if there are any when the pass begins, before it is waited for."""

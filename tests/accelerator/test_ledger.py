@@ -1,0 +1,77 @@
+"""The account of the data, reconciled with the length of the dataset, over ranks, resumes and looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from torch.utils.data import DataLoader
+
+from accelerator import Accelerator
+from accelerator.ledger import account
+from datasets_of_numbers import Numbers, Stream
+from rank_pool import RankPool
+from strategies import ConfigurationError, DataError
+
+
+def run(folder: str, batch: int, stop: int | None, state: Any = None, **options: Any) -> dict[str, Any]:
+    accelerator = Accelerator(strategy="auto", seed=1, data_ledger=True, project_dir=folder)
+    loader = accelerator.prepare(DataLoader(Numbers(23), **{"batch_size": batch, "shuffle": True} | options))
+    if state is not None:
+        loader.load_state_dict(state)
+    saved: Any = None
+    for index, _ in enumerate(loader):
+        if index == 1:
+            saved = loader.state_dict()
+        if index == stop:
+            return saved  # type: ignore[no-any-return]  # one batch after the position
+    return saved  # type: ignore[no-any-return]
+
+
+def test_an_epoch_over_changing_worlds_adds_up(ranks: RankPool, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    state = ranks(run, folder, 3, 2, nproc=2)[0]
+    run(folder, 2, None, state)
+    (one,) = account(folder)
+    assert (one.length, one.samples, one.different, one.dropped, one.resumed) == (23, 23, 23, 0, 1)
+    assert one.undone == 6  # the batch that the first run took after its position
+    assert set(one.used) == set(range(23))
+    assert one.is_whole
+    rows = pandas.concat(pandas.read_json(path, lines=True) for path in tmp_path.glob("data_ledger/*.jsonl"))
+    assert rows[rows.event == "batch"].explode("indices").groupby("rank").size().sum() == 23 + 6
+
+
+def test_ghosts_and_drops_are_told(ranks: RankPool, tmp_path: Path) -> None:
+    ranks(run, str(tmp_path / "ghosts"), 11, None, nproc=2)
+    (one,) = account(tmp_path / "ghosts")
+    assert (one.samples, one.ghosts, one.dropped, one.is_whole) == (23, 1, 0, True)
+    accelerator = Accelerator(strategy="cpu", data_ledger=True, project_dir=tmp_path / "drops")
+    loader = accelerator.prepare(DataLoader(Numbers(23), batch_size=5, drop_last=True))
+    next(iter(loader))  # a look, which the pass itself takes back
+    list(loader)
+    (one,) = account(tmp_path / "drops")
+    assert (one.samples, one.dropped, one.undone, one.is_whole) == (20, 3, 5, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "different"),
+    [
+        ({"dataset": Stream(7), "batch_size": 2}, 7, 0),
+        ({"dataset": Numbers(9), "batch_sampler": [[0, 1], [1, 2, 3]]}, 5, 4),
+        ({"dataset": Numbers(3), "batch_size": None}, 3, 3),
+    ],
+)
+def test_other_loaders_have_accounts_too(tmp_path: Path, options: Any, samples: int, different: int) -> None:
+    accelerator = Accelerator(strategy="cpu", data_ledger=True, project_dir=tmp_path)
+    list(accelerator.prepare(DataLoader(**options)))
+    (one,) = account(tmp_path)
+    assert (one.samples, one.different) == (samples, different)
+
+
+def test_a_ledger_without_a_place_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="data_ledger is true and project_dir is none"):
+        Accelerator(strategy="cpu", data_ledger=True)
+    with pytest.raises(DataError, match="has no data_ledger"):
+        account(tmp_path)
