@@ -329,6 +329,28 @@ class Accelerator(Ranks):
             self._record.resumed()
         return found
 
+    def checkpoint_due(
+        self,
+        *,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+        signals: Sequence[str] = ("SIGTERM", "SIGUSR1"),
+    ) -> bool:
+        """Whether to call `save_state` now, the same on every rank. Collective: each calls it after every micro-batch.
+
+        Every so many optimizer steps, every so many minutes since the last save, and once after one of `signals`
+        reached any rank, which they agree on within a quarter of a second or at the next step. From the first call to
+        `end_training` these signals do not end the process. False inside an open accumulation window.
+        """
+        return self._checkpoints.due(every_steps=every_steps, every_minutes=every_minutes, signals=signals)
+
+    def exit_if_preempted(self) -> None:
+        """Leave with exit code 75, "try again later", if a signal made a checkpoint due; wait for the last save before.
+
+        Every rank calls it, after `save_state`. `accelerator launch` ends with the same code, without a restart.
+        """
+        self._checkpoints.exit_if_preempted()
+
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Have `save_state` and `load_state` keep these too: objects with `state_dict` and `load_state_dict`."""
         self._checkpoints.register(objects)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from strategies.errors import PrepareError, StateError
 from . import folder as folders
 from . import loading, retention, saving
 from .peers import Peers
+from .preemption import REQUEUE, Timetable
 from .retention import Health, Keep, Verdict
 from .saving import Draft
 
@@ -30,6 +31,7 @@ class Checkpoints:
         self._about = about
         self._project_dir = project_dir
         self._peers = Peers(accumulation.world)
+        self._timetable = Timetable(accumulation.world)
         self._registered: list[Any] = []
         self._health: Health | None = None
         self._loaded: str | None = None
@@ -79,6 +81,7 @@ class Checkpoints:
             self._in_flight.start()
         if self._health is not None:
             self._health.saved(target.name)
+        self._timetable.saved(self.step)
         return target
 
     def wait(self) -> None:
@@ -98,8 +101,22 @@ class Checkpoints:
         path = path.absolute()
         self._load(path, loading.verified(path, self._peers))
 
+    def due(self, *, every_steps: int | None, every_minutes: float | None, signals: Sequence[str]) -> bool:
+        """Whether a checkpoint is due; see `Accelerator.checkpoint_due`."""
+        self._timetable.signals.watch(signals)
+        if self._accumulation.current is not None or self._accumulation.open_windows():
+            return False
+        return self._timetable.due(self.step, every_steps=every_steps, every_minutes=every_minutes)
+
+    def exit_if_preempted(self) -> None:
+        """Leave, once everything is on the disk."""
+        if self._timetable.preempted:
+            self.wait()
+            raise SystemExit(REQUEUE)
+
     def close(self) -> None:
-        """Wait for the last save. Not a collective."""
+        """Wait for the last save, and put signal handlers back. Not a collective."""
+        self._timetable.signals.close()
         self.wait()
 
     def resume(self) -> Path | None:

@@ -15,6 +15,7 @@ from accelerator.config import FLAGS_VARIABLE, resolve_settings
 
 from .flags import Request
 from .plan import Plan, cores_here, make_plan
+from .preemption import handing_on, requeue_code
 from .report import explain_failures
 
 WATCHED = "torch.distributed.elastic.multiprocessing.api"
@@ -28,7 +29,8 @@ def launch(request: Request, *, environ: Mapping[str, str], directory: Path) -> 
     """Start the processes that `request` and the configuration ask for, wait for them, and return an exit code.
 
     The code is that of the process that failed first; 128 + N if signal N ended it, or ended the launcher,
-    which hands SIGTERM, SIGINT, SIGHUP and SIGQUIT on to the processes. It is 1 if the nodes did not meet.
+    which hands SIGTERM, SIGINT, SIGHUP, SIGQUIT and SIGUSR1 on to the processes. It is 75 if they saved because of
+    one and ask to be started again, and 1 if the nodes did not meet.
     Raises `ConfigurationError` or `LaunchError` before any process is started. To be called on the main
     thread of the launching process.
     """
@@ -81,11 +83,12 @@ def run(plan: Plan) -> int:
             logs_specs=Attempts(folder, plan.max_restarts, failures),
         )
         try:
-            elastic_launch(config, sys.executable)("-u", *plan.command)
+            with handing_on(Path(folder)):
+                elastic_launch(config, sys.executable)("-u", *plan.command)
         except ChildFailedError as error:
             return explain_failures(error.failures, Path(folder))
         except SignalException as error:
-            return 128 + error.sigval.value
+            return requeue_code(Path(folder)) or 128 + error.sigval.value
         except (RendezvousError, ConnectionError, TimeoutError) as error:
             print(
                 f"accelerator launch: the nodes did not meet at {plan.rdzv_endpoint!r} ({plan.rdzv_backend}): {error} "
@@ -93,7 +96,7 @@ def run(plan: Plan) -> int:
                 file=sys.stderr,
             )
             return 1
-    return 0
+        return requeue_code(Path(folder)) or 0
 
 
 @contextlib.contextmanager

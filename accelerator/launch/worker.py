@@ -18,6 +18,8 @@ import io
 import os
 import types
 
+REQUEUE = 75  # a script that saved because it is to end, and asks to be started again later (EX_TEMPFAIL)
+
 # What torch says in a RuntimeError when the other end of a connection died.
 PEER_LOST = (
     "Connection closed by peer",
@@ -109,6 +111,16 @@ def run_script(path: str) -> None:
     exec(code, main_module.__dict__)
 
 
+def leave_mark(name: str) -> bool:
+    """Write a file with this process's id for the launcher, beside the error file. Returns whether there is one."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return False
+    with open(os.path.join(os.path.dirname(path), name), "w") as file:
+        file.write(str(os.getpid()))
+    return True
+
+
 def write_whole_lines() -> None:
     """Have `print` write a line and its end at once: unbuffered, lines of several processes run into each other."""
     for stream in (sys.stdout, sys.stderr):
@@ -119,6 +131,7 @@ def write_whole_lines() -> None:
 def main() -> None:
     """Become the script: its `sys.argv`, its `sys.path`, its `__main__`."""
     write_whole_lines()
+    leave_mark("pid")
     how, target = sys.argv[1:3]
     del sys.argv[:2]
     folder = os.getcwd() if how == "module" else os.path.dirname(os.path.realpath(target))
@@ -131,7 +144,9 @@ def main() -> None:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
             run_script(target)
-    except SystemExit:
+    except SystemExit as leaving:
+        if leaving.code == REQUEUE and leave_mark("requeue"):
+            raise SystemExit(0) from None  # else torch's agent would take it for a failure, and start it again
         raise
     except BaseException as error:
         report(error)
