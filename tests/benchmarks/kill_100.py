@@ -22,9 +22,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-from rank_pool import RankPool, WorkerDied
-
 from accelerator import Accelerator
+from rank_pool import RankPool, WorkerDied
 from strategies import DDP, FSDP
 
 LENGTH, BATCH = 96, 4
