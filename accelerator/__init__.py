@@ -14,6 +14,7 @@ if _Path(_strategies.__file__ or "").parent.parent != _Path(__file__).parent.par
 from strategies import CPU, DDP, AcceleratorError, SingleDevice, Strategy
 
 from .accelerator import Accelerator
+from .batch_size import find_executable_batch_size
 from .config import NOT_GIVEN
 from .launch import notebook_launcher
 
@@ -25,6 +26,7 @@ __all__ = [
     "AcceleratorError",
     "SingleDevice",
     "Strategy",
+    "find_executable_batch_size",
     "notebook_launcher",
 ]
 __version__ = "0.1.0"

@@ -246,6 +246,12 @@ def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None
     )
 
 
+def meeting_store() -> tuple[int, int, dist.Store]:
+    """This process's rank, the number of processes, and a store of theirs that no process group owns. Every rank."""
+    placement = read_environment(os.environ)
+    return placement.rank, placement.size, _store(placement, timedelta(minutes=30))
+
+
 def shared_store(seconds: float) -> dist.Store:
     """The job's store over a connection of its own, so that a thread need not wait for another's; it gives up then."""
     store: dist.Store = _default_store().clone()  # type: ignore[attr-defined]  # its annotations lack it
