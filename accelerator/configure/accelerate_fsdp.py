@@ -147,6 +147,17 @@ def _xla_grad_ckpt(value: Any, document: Document) -> Outcome:
     return becomes("xla.activation_checkpointing", True)
 
 
+def _sharding_groups(value: Any, document: Document) -> Outcome:
+    """Groups of ranks, each of which holds a copy of the model; a mesh has consecutive ones of equal size."""
+    if is_off(value):
+        return needless("asks for nothing")
+    groups = value if isinstance(value, list) and all(isinstance(group, list) for group in value) else [[]]
+    ranks, sizes = [rank for group in groups for rank in group], {len(group) for group in groups}
+    if not ranks or len(sizes) > 1 or ranks != [*range(len(ranks))]:
+        return lost("expected consecutive ranks in groups of equal size, such as [[0, 1], [2, 3]]")
+    return becomes("xla.mesh", (len(groups), len(groups[0])))
+
+
 XLA: Mapping[str, Rule] = {
     "xla": _xla,
     "xla_fsdp_v2": lost_if_asked("without xla: true it asks for nothing", True),
@@ -176,7 +187,7 @@ XLA_SETTINGS: Mapping[str, Rule] = {
     "reduce_scatter_op": _COMPILER,
     "reduce_scatter_bucket_size_mb": _COMPILER,
     "param_init_fn": lost_if_asked("a function in a file cannot be kept; build the model as usual"),
-    "sharding_groups": lost_if_asked("a mesh instead: mesh = [copies, devices that each is cut over] in [xla]"),
+    "sharding_groups": _sharding_groups,
     "sharding_rank": _COMPILER,
     "sharding_world_size": _COMPILER,
     "auto_wrap_policy": always(needless("every parameter is cut by itself; nothing is wrapped")),

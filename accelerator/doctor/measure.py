@@ -71,6 +71,7 @@ def probes(world: World) -> list[Probe]:
         Probe("any_true", lambda t: collectives.any_true(world.rank == size - 1, world), lambda n: True),
         Probe("all_gather_integers", lambda t: collectives.all_gather_integers([world.rank], world), _tuples(ranks)),
         Probe("all_gather_objects", lambda t: collectives.all_gather_objects(world.rank, world), lambda n: ranks),
+        Probe("meet", lambda t: collectives.meet("accelerator doctor", world, world.rank), lambda n: ranks),
         Probe("barrier", lambda t: collectives.barrier(world), lambda n: None),
     ]
 

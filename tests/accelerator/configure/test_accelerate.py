@@ -94,7 +94,7 @@ fsdp_config:
   xla: true
   xla_fsdp_v2: true
   xla_fsdp_grad_ckpt: true
-  xla_fsdp_settings: {compute_dtype: bfloat16, flatten_parameters: true, shard_param_on_dim_0: true}
+  xla_fsdp_settings: {compute_dtype: bfloat16, flatten_parameters: true, sharding_groups: [[0, 1], [2, 3]]}
   fsdp_transformer_layer_cls_to_wrap: GPT2Block
 """
 DEEPSPEED = """
@@ -157,7 +157,7 @@ def resolved_from(text: str, folder: Path, *words: str) -> tuple[Resolved, Strat
         (TPU, XLA(), "bf16", 1),
         (
             TPU_FSDP,
-            XLA(shard="fsdp", activation_checkpointing=True, transformer_layer_cls=("GPT2Block",)),
+            XLA(shard="fsdp", mesh=(2, 2), activation_checkpointing=True, transformer_layer_cls=("GPT2Block",)),
             "bf16",
             1,
         ),
@@ -232,6 +232,13 @@ def test_words_of_fsdp(key: str, value: Any, setting: dict[str, object]) -> None
 def test_losses_of_fsdp(key: str, value: Any) -> None:
     text = yaml.safe_dump({"distributed_type": "FSDP", "fsdp_config": {key: value}})
     assert [fate.key for fate in convert(text, "x.yaml").losses] == [f"fsdp_config.{key}"]
+
+
+@pytest.mark.parametrize("groups", [[[0, 2], [1, 3]], [[0, 1], [2]], [[]], 3])
+def test_groups_that_are_no_mesh_are_lost(groups: object) -> None:
+    table = {"distributed_type": "FSDP", "fsdp_config": {"xla": True, "xla_fsdp_settings": {"sharding_groups": groups}}}
+    (lost,) = convert(yaml.safe_dump(table), "x.yaml").losses
+    assert lost.key == "fsdp_config.xla_fsdp_settings.sharding_groups"
 
 
 def test_a_mesh_with_tensor_parallelism_loses_its_shards_too() -> None:
