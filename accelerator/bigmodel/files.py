@@ -57,6 +57,11 @@ def _of_folder(folder: Path) -> dict[str, Tensor]:
         return {of_torch[0].stem: found} if isinstance(found, Tensor) else _state_dict(found, of_torch[0])
     if of_torch:
         return _one_per_file(of_torch)
+    if (folder / "manifest.json").is_file():
+        raise StateError(
+            f"{str(folder)!r} is a checkpoint of save_state(), which load_state() reads; for the weights alone, write "
+            "them with save_model()"
+        )
     raise StateError(
         f"{str(folder)!r} holds no weights; expected *.safetensors, a file of torch.save ({', '.join(_OF_TORCH)}), an "
         f"index of such files (*{_INDEX}), or one tensor per file"

@@ -201,3 +201,34 @@ def test_find_a_nan(run: Player) -> None:
     output = run("find_a_nan", nproc=2)
     assert "in forward: the output of 0 (Normalise) of Sequential, whose inputs are finite" in output
     assert "samples [37, 20, 60, 10]" in output
+
+
+def test_load_big_model(run: Player) -> None:
+    output = run("load_big_model", "--gigabytes", "0.1", "--budget", "30MB")
+    assert "built 0.0999 GB of weights on the meta device" in output
+    assert len(re.findall(r"^forward \d: [\d.]+ s", output, re.MULTILINE)) == 3
+    assert int(re.findall(r"peak memory: (\d+) MB", output)[0]) < 60
+
+
+def test_load_four_ways() -> None:
+    output = start(EXAMPLES / "load_four_ways.py", "64")
+    peaks = {way.strip(): int(peak) for way, peak in re.findall(r"^(\S.*\S) +peak (\d+) MB", output, re.MULTILINE)}
+    assert len(peaks) == 6
+    by_hand = [peak for way, peak in peaks.items() if not way.startswith("accelerator")]
+    assert peaks["accelerator.bigmodel"] <= min(by_hand) + 3
+    assert peaks["accelerator.bigmodel, cast to bfloat16"] < 32 + 4 + 8
+
+
+def test_distributed_inference(run: Player) -> None:
+    one, two = (run("distributed_inference", nproc=nproc) for nproc in (1, 2))
+    results = re.findall(r"^\[.*\]: [\d ]+$", two, re.MULTILINE)
+    assert len(results) == 7
+    assert results == re.findall(r"^\[.*\]: [\d ]+$", one, re.MULTILINE)
+    assert "process 1 of 2: 3 prompts" in two
+
+
+def test_evaluate_perplexity(run: Player) -> None:
+    one, two = (re.findall(r"^stride \d+: .*$", run("evaluate_perplexity", nproc=n), re.M) for n in (1, 2))
+    assert len(one) == 3
+    assert one == two
+    assert len({line.split(" over ")[1] for line in one}) == 1  # every token once, whatever the stride

@@ -240,6 +240,10 @@ def index(folder: Path, **weight_map: str) -> Path:
 DAMAGED = {
     "absent": (lambda d: d / "nothing.safetensors", "which is not there"),
     "empty folder": (lambda d: d, "holds no weights"),
+    "save_state": (
+        lambda d: Accelerator("cpu", project_dir=d).save_state(),
+        r"a checkpoint of save_state\(\), which load_state\(\) reads",
+    ),
     "truncated safetensors": (lambda d: cut(as_safetensors(make_net().state_dict(), d)), "no whole safetensors file"),
     "truncated torch file": (lambda d: cut(as_torch_file(make_net().state_dict(), d)), "cannot be mapped"),
     "truncated shard": (
