@@ -93,6 +93,9 @@ class Accumulation:
 
         Raises `StepError` if no prepared optimizer holds any of them.
         """
+        current = self.current
+        if current is not None and not current.closing and len(current.models) == len(self.models):
+            return False  # whoever holds them waits
         owners = {id(p): optimizer for optimizer in self.optimizers for p in optimizer.parameters()}
         found = list(dict.fromkeys(owners[id(p)] for p in parameters if id(p) in owners))
         if not found:
