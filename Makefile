@@ -12,11 +12,11 @@ BENCH := $(VENV)/.bench-$(KEY)
 DOCS := $(VENV)/.docs-$(KEY)
 XLA := $(VENV_XLA)/.xla-$(KEY)
 
-# These need a device, an environment of their own, or a quiet machine.
-PYTEST := -m pytest --ignore=tests/xla --ignore=tests/gpu --ignore=tests/benchmarks
+# These need a device, an environment of their own, a quiet machine, or programs and rights that pip cannot give.
+PYTEST := -m pytest --ignore=tests/xla --ignore=tests/gpu --ignore=tests/benchmarks --ignore=tests/cluster
 
 .NOTPARALLEL:
-.PHONY: demo test test-xla check bench docs clean
+.PHONY: demo test test-xla test-cluster check bench docs clean
 
 demo: $(DEV)
 	$(VENV)/bin/python examples/demo.py
@@ -40,6 +40,10 @@ ifneq ($(wildcard tests/xla/test_*.py),)
 	PJRT_DEVICE=CPU CPU_NUM_DEVICES=4 TF_CPP_MIN_LOG_LEVEL=2 XLA_FLAGS=--xla_backend_optimization_level=0 \
 		$(VENV_XLA)/bin/python -m pytest tests/xla
 endif
+
+# Needs root; and SLURM (Debian's slurmctld, slurmd and munge), or `ip netns`. What is absent is skipped, and says so.
+test-cluster: $(DEV)
+	$(VENV)/bin/python -m pytest tests/cluster
 
 check: $(DEV)
 	$(VENV)/bin/ruff format --check .
