@@ -20,7 +20,7 @@ from .batch_norm import BatchNorm, broadcast_buffers, with_batch_norm
 from .errors import ConfigurationError, StepError, listed
 from .precision import Precision
 from .process_group import join, leave
-from .tree import move
+from .transfer import to_device
 from .world import World
 
 # torch 2.13 renamed the argument; before, broadcast_buffers=False also left buffers as they were at the start.
@@ -144,7 +144,7 @@ class DDP(Strategy):
 
     def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
         """Move each batch to the device."""
-        return batches if world.device.type == "cpu" else (move(batch, world.device) for batch in batches)
+        return to_device(batches, world.device)
 
 
 def _refuse_unfinished(wrapped: DistributedDataParallel) -> None:

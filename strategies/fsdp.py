@@ -34,7 +34,7 @@ from .sharded_model import (
     take_from_rank_0,
 )
 from .shards import copy_whole
-from .tree import move
+from .transfer import to_device
 from .world import World
 
 ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"]
@@ -268,7 +268,7 @@ class FSDP(Strategy):
 
     def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
         """Move each batch to the device."""
-        return batches if world.device.type == "cpu" else (move(batch, world.device) for batch in batches)
+        return to_device(batches, world.device)
 
     def init_context(self, world: World, *, empty: bool) -> AbstractContextManager[Any]:
         """Build on the meta device, and write down how: `wrap` makes each rank's part of the weights."""

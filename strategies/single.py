@@ -15,7 +15,7 @@ from .base import Strategy
 from .errors import LaunchError
 from .precision import Precision
 from .process_group import pick_device, read_environment
-from .tree import move
+from .transfer import to_device
 from .world import World
 
 _NOTHING = nullcontext()  # may be entered again and again
@@ -72,7 +72,7 @@ class SingleDevice(Strategy):
 
     def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
         """Move each batch to the device."""
-        return batches if world.device.type == "cpu" else (move(batch, world.device) for batch in batches)
+        return to_device(batches, world.device)
 
 
 @dataclass(frozen=True)

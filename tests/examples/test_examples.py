@@ -232,3 +232,12 @@ def test_evaluate_perplexity(run: Player) -> None:
     assert len(one) == 3
     assert one == two
     assert len({line.split(" over ")[1] for line in one}) == 1  # every token once, whatever the stride
+
+
+def test_resume_exactly(run: Player) -> None:
+    assert run("resume_exactly") == promised("resume_exactly")
+
+
+def test_change_world_size(run: Player, tmp_path: Path) -> None:
+    printed = [run("change_world_size", str(tmp_path), nproc=nproc) for nproc in (3, 2, 1)]
+    assert "".join(printed) == promised("change_world_size")
