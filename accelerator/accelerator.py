@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,12 @@ from .config import NOT_GIVEN, NotGiven, given, resolve_settings
 from .debugging import Debugging
 from .explain import Explanation, explain
 from .ledger import start_ledger
+from .progress import progress
 from .ranks import Ranks
 from .record import Record, chosen_trackers, names_of
 from .trackers import Tracker
+
+T = TypeVar("T")
 
 
 class Accelerator(Ranks):
@@ -55,6 +58,7 @@ class Accelerator(Ranks):
     - `detect_nonfinite`: whether to stop where a NaN or an infinity first appears, and name the place.
     - `hang_timeout`, `first_step_timeout`: seconds without progress, after and before the first optimizer step, until
       every process says where it waits, and all end.
+    - `timers`, `count_flops`: whether to measure where time goes, and to count the operations of one micro-batch.
     - `config`: the path of a configuration file.
 
     Raises `ConfigurationError` or `LaunchError` before any work is done.
@@ -74,6 +78,8 @@ class Accelerator(Ranks):
         project_dir: str | os.PathLike[str] | NotGiven | None = NOT_GIVEN,
         trackers: Sequence[str | Tracker] | NotGiven = NOT_GIVEN,
         data_ledger: bool | NotGiven = NOT_GIVEN,
+        timers: bool | NotGiven = NOT_GIVEN,
+        count_flops: bool | NotGiven = NOT_GIVEN,
         detect_nonfinite: bool | NotGiven = NOT_GIVEN,
         hang_timeout: int | NotGiven | None = NOT_GIVEN,
         first_step_timeout: int | NotGiven | None = NOT_GIVEN,
@@ -91,6 +97,8 @@ class Accelerator(Ranks):
             project_dir=project_dir if isinstance(project_dir, NotGiven | None) else os.fspath(project_dir),
             trackers=trackers if isinstance(trackers, NotGiven) else names_of(trackers),
             data_ledger=data_ledger,
+            timers=timers,
+            count_flops=count_flops,
             detect_nonfinite=detect_nonfinite,
             hang_timeout=hang_timeout,
             first_step_timeout=first_step_timeout,
@@ -104,7 +112,7 @@ class Accelerator(Ranks):
         super().__init__(self._strategy.setup())
         self._arithmetic = BatchArithmetic(self._resolved, self._world)
         self._accumulation = Accumulation(self._strategy, self._world, precision, self._arithmetic.steps_for)
-        self._record = Record(self._resolved, kept_by, self._accumulation)
+        self._record = Record(self._resolved, kept_by, self._accumulation, self._strategy_name, self._arithmetic)
         self._debugging = Debugging(self._settings, self._accumulation)
         about = {"strategy": self._strategy_name, "mixed_precision": precision.mode}
         self._checkpoints = checkpoint.Checkpoints(self._accumulation, about, self.project_dir)
@@ -305,7 +313,9 @@ class Accelerator(Ranks):
         """
         keep = checkpoint.Keep(last=keep_last, every=keep_every, best=keep_best, healthy_after=healthy_after)
         target = Path(path) if path is not None else None
-        return self._checkpoints.save(target, metrics=metrics, keep=keep, in_background=async_)
+        return self._record.saving(
+            lambda: self._checkpoints.save(target, metrics=metrics, keep=keep, in_background=async_)
+        )
 
     def load_state(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Go on from a checkpoint, on any strategy and number of processes; return its folder. Collective.
@@ -407,6 +417,21 @@ class Accelerator(Ranks):
         """
         self._debugging.verify_replicas(every)
 
+    def progress(
+        self,
+        items: Iterable[T],
+        *,
+        description: str = "",
+        total: int | None = None,
+        style: Literal["bar", "lines", "none"] | None = None,
+    ) -> Iterator[T]:
+        """Go over `items`, a loader or a range, and show on the main process how far: loss, samples/s, time left.
+
+        Any rank may call it. A bar on a terminal, a line every ten seconds elsewhere, nothing in CI (where the variable
+        `CI` is set), unless `style` says which. It reads the loss at most four times a second, without waiting.
+        """
+        return progress(items, self._accumulation, description=description, total=total, style=style)
+
     def explain(self) -> Explanation:
         """What was asked and what runs, every setting with its origin. Print it; not a collective."""
         return explain(self._resolved, self._strategy_name, self._accumulation, self._arithmetic)
@@ -414,6 +439,7 @@ class Accelerator(Ranks):
     def free_memory(self) -> None:
         """Let go of everything prepared, and return cached device memory. What was prepared is unusable after."""
         self._accumulation.release()
+        self._record.watch()
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()

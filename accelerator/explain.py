@@ -81,6 +81,7 @@ def explain(resolved: Resolved, name: str, accumulation: Accumulation, arithmeti
         Row("project_dir", str(settings.project_dir), str(settings.project_dir), origins["project_dir"]),
         Row("trackers", ", ".join(settings.trackers), _trackers(settings), origins["trackers"]),
         *_debugging(resolved),
+        Row("timers", str(settings.timers), _timers(settings), origins["timers"]),
         *_options(resolved, strategy, name),
         *(
             Row(f"model {index} {name}", "", words, "")
@@ -122,6 +123,12 @@ def _trackers(settings: Settings) -> str:
     if settings.project_dir is None and settings.trackers == ("jsonl",):
         return "nothing: no project_dir"
     return ", ".join(settings.trackers) or "nothing"
+
+
+def _timers(settings: Settings) -> str:
+    if settings.project_dir is None or not settings.timers:
+        return "off" if not settings.timers else "off: no project_dir"
+    return "on, with operations counted" if settings.count_flops else "on"
 
 
 def _seed(seed: int | None) -> str:

@@ -1,9 +1,10 @@
-"""What is kept of a run, for people to look at: what the loop logs."""
+"""What is kept of a run, for people to look at: what the loop logs, where its time goes, and what happens."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 from strategies.accumulation import Accumulation
 from strategies.errors import ConfigurationError
 
+from .batch_arithmetic import BatchArithmetic
 from .config import NotGiven, Resolved
 from .config.settings import TABLES
+from .explain import Explanation, explain
+from .timing import Timers
 from .trackers import Log, Run, Tracker, name_of, resolve
 
 
@@ -33,24 +37,63 @@ def chosen_trackers(resolved: Resolved, in_code: Sequence[str | Tracker] | NotGi
             raise _no_place(homeless, origin)
     else:
         _check_writable(Path(settings.project_dir), resolved.origins["project_dir"])
+    for name in ("timers", "count_flops"):
+        asked = getattr(settings, name) and resolved.origins[name] != "default"
+        if asked and (settings.project_dir is None or not settings.timers):
+            missing = "project_dir" if settings.project_dir is None else "timers"
+            raise ConfigurationError(
+                f"{name} is true ({resolved.origins[name]}), but there is no {missing}, which it needs. Give it, or "
+                f"set {name} to false."
+            )
     return found
 
 
 class Record:
     """What one Accelerator keeps of its run."""
 
-    def __init__(self, resolved: Resolved, trackers: Sequence[Tracker], accumulation: Accumulation) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        trackers: Sequence[Tracker],
+        accumulation: Accumulation,
+        strategy_name: str,
+        arithmetic: BatchArithmetic,
+    ) -> None:
         settings, world = resolved.settings, accumulation.world
         folder = Path(settings.project_dir) if settings.project_dir is not None else None
         self._accumulation = accumulation
         self._homeless = [name_of(tracker) for tracker in trackers if folder is None and tracker.needs_folder]
         config = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in TABLES}
         self._log = Log(trackers, Run(folder, world.rank, world.size), {**config, "processes": world.size})
+        self._timers: Timers | None = None
+        if folder is not None and settings.timers:
+            self._timers = Timers(
+                folder,
+                world,
+                steps_taken=lambda: steps_taken(accumulation),
+                optimizers=accumulation.optimizers,
+                plan=lambda: rows_of(explain(resolved, strategy_name, accumulation, arithmetic)),
+                count_flops=settings.count_flops,
+            )
+        self.watch()
+
+    def watch(self) -> None:
+        """Look at the loop. Again after the Accelerator let go of its observers."""
+        if self._timers is not None and self._timers not in self._accumulation.observers:
+            self._accumulation.observers.append(self._timers)
 
     @property
     def steps_taken(self) -> int:
         """Optimizer steps, of the optimizer that has taken most."""
-        return max((link.num_steps for link in self._accumulation.optimizers), default=0)
+        return steps_taken(self._accumulation)
+
+    def saving(self, save: Callable[[], Path]) -> Path:
+        """What `save` returns, the folder of a checkpoint, having measured for how long the loop waited for it."""
+        start = time.perf_counter()
+        target = save()
+        if self._timers is not None:
+            self._timers.saved(time.perf_counter() - start, target)
+        return target
 
     def log(self, values: Mapping[str, Any], step: int | None, config: Mapping[str, Any] | None) -> None:
         """See `Accelerator.log`."""
@@ -64,10 +107,24 @@ class Record:
     def resumed(self) -> None:
         """A checkpoint was loaded: the run goes on after its step."""
         self._log.resumed(self.steps_taken)
+        if self._timers is not None:
+            self._timers.resumed(self.steps_taken)
 
     def close(self) -> None:
         """Write what is left."""
         self._log.close()
+        if self._timers is not None:
+            self._timers.close()
+
+
+def rows_of(explanation: Explanation) -> list[tuple[str, str, str, str]]:
+    """The plan as rows of text."""
+    return [(row.name, row.asked, row.got, row.origin) for row in explanation.rows]
+
+
+def steps_taken(accumulation: Accumulation) -> int:
+    """Optimizer steps, of the optimizer that has taken most; 0 without any."""
+    return max((link.num_steps for link in accumulation.optimizers), default=0)
 
 
 def _no_place(names: Sequence[str], origin: str) -> ConfigurationError:

@@ -166,7 +166,7 @@ def test_a_docstring_may_be_inherited(module_of: Callable[[str], ModuleType]) ->
     assert architecture.missing_docstrings(module_of(text)) == []
 
 
-LONG = "def f():\n" + "    x = 1\n" * 60
+LONG = "def f():\n" + "    x = 1\n" * 64
 MANY = "class Accelerator:\n" + "".join(f"    def m{i}(self): self.a{i} = 1\n" for i in range(23))
 
 

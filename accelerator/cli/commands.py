@@ -14,6 +14,7 @@ from .doctor import env
 from .doctor import main as doctor
 from .estimate import main as estimate
 from .launch import main as launch
+from .report import main as report
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "config": config,
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "launch": launch,
     "conformance": conformance,
     "estimate": estimate,
+    "report": report,
 }
 USAGE = """usage: accelerator COMMAND ...
 
@@ -31,6 +33,7 @@ USAGE = """usage: accelerator COMMAND ...
   launch        start a training script in several processes
   conformance   check a strategy against the contract
   estimate      what a model takes in memory, for inference and for training
+  report        write one HTML page about runs
 
 accelerator COMMAND --help tells more."""
 

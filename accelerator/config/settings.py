@@ -95,6 +95,8 @@ class Settings:
     first_step_timeout: int | None = setting(
         None, "the same until the first optimizer step (default: 300, or hang_timeout if that is longer)", minimum=1
     )
+    timers: bool = setting(True, "measure where the time of each step goes, into project_dir, for accelerator report")
+    count_flops: bool = setting(False, "let the timers count the operations of the first micro-batch")
     launch: LaunchSettings = field(default_factory=LaunchSettings)
     strategy_options: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: MappingProxyType({}))
 

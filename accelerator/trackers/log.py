@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from accelerator.background import Background
+from accelerator.later import Later
 from strategies.errors import StepError
 
 from .registry import name_of
@@ -20,15 +21,14 @@ from .tracker import Histogram, Image, Run, Table, Tracker, Value
 _log = logging.getLogger("accelerator")
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Entry:
-    """One call of `log`, with tensors among its values until they are read."""
+    """One call of `log`."""
 
-    values: dict[str, Any]
+    values: Later
     step: int
     time: float
     at: int  # steps that the optimizer had taken
-    ready: torch.Event | None = None
 
 
 class Log:
@@ -52,10 +52,10 @@ class Log:
         if not self._trackers:
             return
         self._begin()
-        entry = _Entry(frozen, taken if step is None else step, time.time(), taken)
+        entry = _Entry(Later(frozen), taken if step is None else step, time.time(), taken)
         while self._held and self._held[0].at < taken:
             self._pass_on(self._held.pop(0))
-        if self._start_copies(entry) and not self._held:
+        if entry.values.is_copied and not self._held:
             self._pass_on(entry)
         else:
             self._held.append(entry)
@@ -116,31 +116,13 @@ class Log:
             self._told.add(key)
             _log.warning("%s", words)
 
-    def _start_copies(self, entry: _Entry) -> bool:
-        """Copy scalars to the host without waiting. False if the device has no way to say when that is done."""
-        device = next((value.device for value in entry.values.values() if isinstance(value, Tensor)), None)
-        if device is None:
-            return True
-        current = torch.accelerator.current_accelerator()
-        can_tell = current is not None and device.type == current.type
-        for name, value in entry.values.items():
-            if isinstance(value, Tensor):  # non-blocking copies go to pinned memory
-                entry.values[name] = value.to("cpu", non_blocking=True) if can_tell else value.clone()
-        if not can_tell:
-            return False
-        entry.ready = torch.Event(device)
-        entry.ready.record()
-        return True
-
     def _pass_on(self, entry: _Entry) -> None:
-        if entry.ready is None:
-            entry.values = {name: _read(value) for name, value in entry.values.items()}
+        if not entry.values.is_copied:
+            entry.values.read()
         self._background.submit(lambda: self._write(entry))
 
     def _write(self, entry: _Entry) -> None:
-        if entry.ready is not None:
-            entry.ready.synchronize()
-        values: dict[str, Value] = {name: _read(value) for name, value in entry.values.items()}
+        values: dict[str, Value] = entry.values.read()
 
         def keep(tracker: Tracker) -> None:
             for name in tracker.log(values, entry.step, entry.time):
@@ -183,7 +165,3 @@ def _copied(values: Any) -> Any:
         values = values.float() if values.dtype == torch.bfloat16 else values
         values = values.numpy()
     return np.array(values)
-
-
-def _read(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value

@@ -379,7 +379,7 @@ def test_importing_configuration_is_cheap(fresh: FreshProcesses) -> None:
 
 def test_the_reference_page_lists_every_setting_with_its_flag_variable_default_and_meaning() -> None:
     page = Path(__file__).parents[2].joinpath("docs/reference/configuration.md").read_text(encoding="utf-8")
-    shown = {"None": "none", "False": "false", "": '""', "('jsonl',)": '["jsonl"]'}
+    shown = {"None": "none", "False": "false", "True": "true", "": '""', "('jsonl',)": '["jsonl"]'}
     for name, (item, _) in catalogue().items():
         default = shown.get(str(item.default), str(item.default))
         row = [name.rpartition(".")[2], flag_of(name), variable_of(name), default]

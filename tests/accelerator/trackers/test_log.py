@@ -127,8 +127,8 @@ def test_a_device_that_cannot_say_when_it_is_done_is_read_after_the_step() -> No
     accelerator.log({"loss": meta})
     accelerator.log({"host": 1.0})
     held = accelerator._record._log._held
-    assert [entry.values.keys() for entry in held] == [{"loss"}, {"host"}]  # in order
-    held[0].values["loss"] = torch.tensor(2.0)
+    assert [entry.values.values.keys() for entry in held] == [{"loss"}, {"host"}]  # in order
+    held[0].values.values["loss"] = torch.tensor(2.0)
     accelerator.end_training()
     assert [line[1] for line in notebook.lines if isinstance(line[0], int)] == [{"loss": 2.0}, {"host": 1.0}]
 

@@ -1,0 +1,176 @@
+"""`accelerator report`: what is on the page, and that a real browser shows it, in light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from accelerator.cli import main
+from accelerator.lines import LineFile
+from accelerator.report import page, read_run
+from accelerator.report.svg import line_chart, stacked_bars
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> None:
+    file = LineFile(path)
+    file.write(records)
+    file.close()
+
+
+def make_run(folder: Path, *, ranks: int = 2, note: str = "plain") -> Path:
+    """A run of 40 steps as the library writes it, cut in the middle of the last line."""
+    times = [1763712000.0 + step for step in range(41)]
+    write(
+        folder / "log.jsonl",
+        [
+            {"config": {"width": 512, "note": note}},
+            *({"step": s, "time": times[s], "values": {"loss": 2.0 / s, "accuracy": 1 - 1 / s}} for s in range(1, 41)),
+            {"event": "resumed", "step": 20, "time": times[20], "dropped": 3},
+        ],
+    )
+    for rank in range(ranks):
+        phases = {"data": 0.1, "forward": 0.2, "backward": 0.1, "closing_backward": 0.3 + 0.1 * rank, "optimizer": 0.1}
+        write(
+            folder / "timing" / f"rank{rank}.jsonl",
+            [
+                {"run": {"rank": rank, "size": ranks, "device": "cpu", "time": times[0]}},
+                {"plan": [["strategy", "auto", "DDP (strategies.ddp)", "default"]]} if rank == 0 else {},
+                {"flops": {"micro_batch": 6_000_000, "samples": 32}},
+                *(
+                    {
+                        "step": step,
+                        "time": times[step],
+                        "seconds": 1.0,
+                        "phases": phases,
+                        "micro_batches": 8,
+                        "windows": 4,
+                        "samples": 256,
+                        "memory": {"resident": 2**28 + step * 2**16},
+                        "lr": [1e-3 * (1 - step / 41)],
+                        "grad_norm": 1.0 / step,
+                    }
+                    for step in range(4, 41, 4)
+                ),
+                {"event": "checkpoint", "step": 20, "time": times[20], "seconds": 0.5, "text": "checkpoints/step-20"},
+                {"event": "skipped step", "step": 30, "time": times[30], "text": "float16 overflow"},
+            ],
+        )
+        with open(folder / "timing" / f"rank{rank}.jsonl", "a") as file:
+            file.write('{"step": 44, "ti')
+    return folder
+
+
+def test_the_page_holds_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "first")
+    assert main(["report", str(folder), "--peak-tflops", "0.001"]) == 0
+    output = Path(capsys.readouterr().out.strip())
+    text = output.read_text()
+    assert output == folder / "report.html"
+    for words in (
+        *("<h1>first</h1>", "DDP (strategies.ddp)", "<figcaption>loss</figcaption>", "<figcaption>lr</figcaption>"),
+        *("<figcaption>grad_norm</figcaption>", "<figcaption>accuracy</figcaption>", "float16 overflow", "resumed"),
+        *("3 later lines were taken back", "checkpoints/step-20 held the loop for 0.50 s", "closing backward"),
+        *("<td>samples per second</td><td>512</td>", "<td>model FLOP/s, all processes</td><td>96M</td>"),
+        *("<td>model FLOPs utilisation</td><td>4.8%</td>", "about 30.0% of the time", "rank 1", "258 MiB"),
+    ):
+        assert words in text, words
+    assert text.count("checkpoints/step-20 held") == 1  # not once for each rank
+    assert not re.search(r"(src|href)=|@import|url\(|https?://", text)  # nothing to load
+
+
+def test_runs_stand_side_by_side(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run"), make_run(tmp_path / "other")]
+    text = page([read_run(folder) for folder in folders])
+    assert f"<th>{tmp_path / 'a' / 'run'}</th>" in text  # the whole path where names are the same
+    assert "<th>other</th>" in text
+    loss = text.partition("<figcaption>loss</figcaption>")[2].partition("</svg>")[0]
+    assert loss.count("<polyline") == 3
+
+
+def test_what_runs_wrote_is_shown_and_not_run(tmp_path: Path) -> None:
+    text = page([read_run(make_run(tmp_path / "<b>bold", note="<script>alert(1)</script>"))])
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "<h1>&lt;b&gt;bold</h1>" in text
+
+
+def test_a_run_with_a_log_alone_or_timers_alone_has_a_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    shutil.rmtree(folder / "timing")
+    assert "nothing was recorded" in page([read_run(folder)])
+    folder = make_run(tmp_path / "another")
+    (folder / "log.jsonl").unlink()
+    text = page([read_run(folder)])
+    assert "<figcaption>lr</figcaption>" in text
+    assert "<figcaption>grad_norm</figcaption>" in text
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "gone")]) == 2
+    assert "holds no run: expected log.jsonl or timing/rank0.jsonl" in capsys.readouterr().err
+    run = make_run(tmp_path / "run")
+    assert main(["report", str(run), "-o", str(tmp_path / "no" / "such" / "x.html")]) == 2
+    assert "the report cannot be written" in capsys.readouterr().err
+    assert main(["report", str(run), "--peak-tflops", "-1"]) == 2
+    assert "expected a number > 0" in capsys.readouterr().err
+
+
+NUMBERS = st.floats(allow_nan=True, allow_infinity=True, width=32)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**9), NUMBERS), min_size=1, max_size=30), st.text(max_size=8))
+@settings(max_examples=150, deadline=None)
+def test_any_points_make_a_chart_within_its_frame(points: list[tuple[int, float]], name: str) -> None:
+    name = re.sub(r"[^\x20-\x7e]", "?", name)
+    text = line_chart({name: sorted(points, key=lambda point: point[0])})
+    tree = ElementTree.fromstring(text)
+    for line in tree.iter("polyline"):
+        for pair in line.attrib["points"].split():
+            x, y = map(float, pair.split(","))
+            assert -1 <= x <= 561
+            assert -1 <= y <= 241
+
+
+def test_bars_fill_their_width() -> None:
+    tree = ElementTree.fromstring(stacked_bars({"rank 0": {"a": 1.0, "b": 3.0}, "rank 1": {"a": 0.0}}, ["a", "b"]))
+    widths = [float(bar.attrib["width"]) for bar in tree.iter("rect")]
+    assert widths == pytest.approx([436 / 4, 436 * 3 / 4], abs=0.1)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (500, "dark")])
+def test_a_browser_shows_it(tmp_path: Path, width: int, scheme: str) -> None:
+    file, picture = tmp_path / "report.html", tmp_path / "page.png"
+    file.write_text(page([read_run(make_run(tmp_path / name)) for name in ("first", "second")]))
+    subprocess.run(
+        [
+            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
+            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2200"),
+            *(f"--screenshot={picture}", file.as_uri()),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=100,
+    )
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    assert pixels.shape[1] == width
+    corner = pixels[5, 5].mean()
+    assert corner < 40 if scheme == "dark" else corner > 215  # paper
+    blue = (pixels[:, :, 2] - pixels[:, :, 0] > 60).sum()
+    orange = (pixels[:, :, 0] - pixels[:, :, 2] > 90).sum()
+    assert blue > 500  # the curves of the first run
+    assert orange > 500  # and of the second
+    assert np.abs(pixels[:, -3:] - pixels[5, 5]).max() < 60  # nothing sticks out at the right
