@@ -10,8 +10,11 @@ Expected output, after the lines of the two runs:
     one process     test accuracy 98.9%   6 s
     largest difference between the loss curves, over 230 steps: 1.2e-07
     picture: runs/demo/curves.png
+
+`--strategies cpu,xla` compares two strategies instead, one process each; that needs what they need.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -44,13 +47,13 @@ def train(name, *start):
     return np.array(result["losses"]), result["accuracy"], seconds
 
 
-def draw(two, one, path):
+def draw(two, one, names, path):
     difference = np.abs(two - one)
     steps = np.arange(1, len(two) + 1)
     figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 5.5), height_ratios=(3, 2), layout="constrained")
-    top.plot(steps, one, color="#f0a030", linewidth=5, alpha=0.6, label="one process, batch 64")
-    top.plot(steps, two, color="#1f4e8c", linewidth=1.2, label="two processes, batch 32 + 32")
-    top.set(ylabel="training loss", yscale="log", title="The same script on one process and on two")
+    top.plot(steps, one, color="#f0a030", linewidth=5, alpha=0.6, label=names[1])
+    top.plot(steps, two, color="#1f4e8c", linewidth=1.2, label=names[0])
+    top.set(ylabel="training loss", yscale="log", title=f"The same script: {names[1]} and {names[0]}")
     top.legend(frameon=False)
     bottom.semilogy(steps, np.maximum(difference, 1e-9), ".", color="#1f4e8c", markersize=4)
     bottom.axhline(LARGEST_DIFFERENCE, color="#b03030", linewidth=1, linestyle="--")
@@ -67,16 +70,20 @@ def draw(two, one, path):
     figure.savefig(path, dpi=140)
 
 
-def main():
+def main(strategies):
     os.chdir(ROOT)
     Path("runs/demo").mkdir(parents=True, exist_ok=True)
-    launch = ("-m", "accelerator", "launch", "--nproc-per-node", "2")
-    two, accuracy_two, seconds_two = train("two processes", *launch)
-    one, accuracy_one, seconds_one = train("one process")
-    draw(two, one, "runs/demo/curves.png")
+    launch = ("-m", "accelerator", "launch", "--nproc-per-node")
+    runs = {"two processes": (*launch, "2"), "one process": ()}
+    if strategies:
+        runs = {name: (*launch, "1", "--strategy", name) for name in reversed(strategies.split(","))}
+    (two, accuracy_two, seconds_two), (one, accuracy_one, seconds_one) = (
+        train(name, *start) for name, start in runs.items()
+    )
+    draw(two, one, list(runs), "runs/demo/curves.png")
     largest = np.abs(two - one).max()
-    print(f"two processes   test accuracy {accuracy_two:.1%}   {seconds_two:.0f} s")
-    print(f"one process     test accuracy {accuracy_one:.1%}   {seconds_one:.0f} s")
+    for name, accuracy, seconds in zip(runs, (accuracy_two, accuracy_one), (seconds_two, seconds_one), strict=True):
+        print(f"{name:<13}   test accuracy {accuracy:.1%}   {seconds:.0f} s")
     print(f"largest difference between the loss curves, over {len(two)} steps: {largest:.1e}")
     print("picture: runs/demo/curves.png")
     if not largest < LARGEST_DIFFERENCE:
@@ -86,4 +93,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--strategies", metavar="NAME,NAME", help="compare these instead of two processes and one")
+    main(parser.parse_args().strategies)
