@@ -380,6 +380,14 @@ class Accelerator(Ranks):
         """
         export.save(self.unwrap_model(model), folder, self._world, max_shard_size=max_shard_size)
 
+    def load_model(self, model: nn.Module, folder: str | os.PathLike[str]) -> None:
+        """Load weights that `save_model`, `accelerator export` or `transformers` wrote into `model`. Collective.
+
+        `folder` may be a URL of `fsspec`. Each rank reads one tensor at a time. Raises `StateError` on every rank,
+        before anything is changed, naming all that is missing, foreign or of another shape.
+        """
+        export.load(self.unwrap_model(model), folder, self._world)
+
     def unwrap_model(self, model: nn.Module) -> nn.Module:
         """The user's own module behind a prepared one; a module that was not prepared is returned as it is."""
         return self._accumulation.link(model).original if isinstance(model, View) else model

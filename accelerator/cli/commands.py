@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from accelerator.config.values import nearest
 from strategies.errors import AcceleratorError
 
+from .checkpoints import export
+from .checkpoints import main as checkpoint
 from .config import main as config
 from .conformance import main as conformance
 from .doctor import env
@@ -24,6 +26,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "conformance": conformance,
     "estimate": estimate,
     "report": report,
+    "checkpoint": checkpoint,
+    "export": export,
 }
 USAGE = """usage: accelerator COMMAND ...
 
@@ -34,6 +38,8 @@ USAGE = """usage: accelerator COMMAND ...
   conformance   check a strategy against the contract
   estimate      what a model takes in memory, for inference and for training
   report        write one HTML page about runs
+  checkpoint    list, verify and compare checkpoints
+  export        take the weights of a model out of a checkpoint
 
 accelerator COMMAND --help tells more."""
 

@@ -57,8 +57,16 @@ def train(strategy: Any, folder: str, victims: list[int], delay: float) -> tuple
     seen = Seen()
     accelerator.register_for_checkpointing(seen)
     start = time.monotonic()
+    killer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
     if accelerator.process_index in victims:
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        killer.start()
+    try:
+        return go_on(accelerator, model, optimizer, loader, seen, Path(folder)), seen.samples, time.monotonic() - start
+    finally:
+        killer.cancel()
+
+
+def go_on(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any, seen: Seen, folder: Path) -> list[Any]:
     accelerator.resume()
     while loader.state_dict()["epoch"] < 1:
         for x, index in loader:
@@ -67,11 +75,11 @@ def train(strategy: Any, folder: str, victims: list[int], delay: float) -> tuple
                 optimizer.step()
                 optimizer.zero_grad()
             seen.samples = seen.samples + accelerator.gather_for_metrics(index).tolist()
-            place = Path(folder) / "checkpoints" / f"step-{len(seen.samples):09d}"
+            place = folder / "checkpoints" / f"step-{len(seen.samples):09d}"
             accelerator.save_state(place, keep_last=2, async_=len(seen.samples) % (2 * BATCH) == 0)
     weights = [value.clone() for value in accelerator.get_state_dict(model).values()]
     accelerator.end_training()
-    return weights, seen.samples, time.monotonic() - start
+    return weights
 
 
 def main(number: int) -> None:

@@ -1,0 +1,109 @@
+"""Checkpoints looked at without a run: listed, verified, compared, and their weights taken out, in one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strategies import World
+from strategies.errors import StateError, listed
+
+from . import folder as folders
+from . import tensors
+from .loading import read_state
+from .saving import TENSORS
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One checkpoint in a line; `wrong` says what is not as it was written."""
+
+    name: str
+    manifest: dict[str, Any]
+    wrong: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its files."""
+        return sum(entry["size"] for entry in self.manifest.get("files", {}).values())
+
+
+def summaries(parent: Path, *, verify: bool) -> Iterator[Summary]:
+    """Every checkpoint below `parent`, the newest first, or that one alone; with `verify`, all of each is read."""
+    paths = [parent] if (parent / folders.MANIFEST).exists() else folders.newest_first(parent)
+    if not paths:
+        raise StateError(
+            f"{str(parent)!r} holds no checkpoint; expected one, or the folder that save_state made of them"
+        )
+    for path in paths:
+        try:
+            manifest = folders.read_manifest(path)
+            yield Summary(path.name, manifest, tuple(folders.what_is_wrong(path, manifest)) if verify else ())
+        except StateError as error:
+            yield Summary(path.name, {}, (str(error),))
+
+
+def models(path: Path) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
+    """The models in a verified checkpoint: shape and dtype of every tensor by its name."""
+    found: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {name: {} for name in read_state(path)["models"]}
+    for key, item in tensors.index_of(path / TENSORS).items():
+        kind, _, rest = key.partition("/")
+        model, _, name = rest.partition("/")
+        if kind == "model" and model in found:
+            found[model][name] = item
+    return found
+
+
+def read_model(path: Path, model: str, names: list[str]) -> dict[str, Tensor]:
+    """Some tensors of a model, whole, in CPU memory."""
+    known = models(path)[model]
+    read = {f"model/{model}/{name}": torch.empty(known[name][0], dtype=known[name][1]) for name in names}
+    tensors.read(read, path / TENSORS, World())
+    return {name: read[f"model/{model}/{name}"] for name in names}
+
+
+def require_whole(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint every file of which is as it was written. Raises `StateError` otherwise."""
+    manifest = folders.read_manifest(path)
+    wrong = folders.what_is_wrong(path, manifest)
+    if wrong:
+        raise StateError(f"{str(path)!r} is not as it was written: {listed(wrong)}")
+    return manifest
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """What differs between two checkpoints, in lines: tensors one at a time, then every value of the rest."""
+    for path in (one, two):
+        require_whole(path)
+    first, second = tensors.index_of(one / TENSORS), tensors.index_of(two / TENSORS)
+    lines = [f"only in {one.name}: {name}" for name in sorted(first.keys() - second.keys())]
+    lines += [f"only in {two.name}: {name}" for name in sorted(second.keys() - first.keys())]
+    for name in sorted(first.keys() & second.keys()):
+        if first[name] != second[name]:
+            lines.append(f"{name}: {_words(first[name])} and {_words(second[name])}")
+            continue
+        pair = [{name: torch.empty(first[name][0], dtype=first[name][1])} for _ in range(2)]
+        for target, path in zip(pair, (one, two), strict=True):
+            tensors.read(target, path / TENSORS, World())
+        left, right = pair[0][name], pair[1][name]
+        if not torch.equal(left, right):
+            lines.append(f"{name}: differs by up to {(left.double() - right.double()).abs().max().item():.3g}")
+    return lines + list(_values("", read_state(one), read_state(two)))
+
+
+def _values(path: str, one: Any, two: Any) -> Iterator[str]:
+    if isinstance(one, dict) and isinstance(two, dict):
+        for key in sorted(one.keys() | two.keys()):
+            yield from _values(f"{path}/{key}" if path else key, one.get(key), two.get(key))
+    elif one != two:
+        yield f"{path}: {json.dumps(one):.60} and {json.dumps(two):.60}"
+
+
+def _words(item: tuple[torch.Size, torch.dtype]) -> str:
+    return f"{tuple(item[0])} of {str(item[1]).removeprefix('torch.')}"
