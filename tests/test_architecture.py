@@ -91,7 +91,9 @@ def test_imports_downward_or_for_types_only_are_fine(text: str) -> None:
     assert architecture.upward_imports([Source("strategies.ddp", text)]) == []
 
 
-ROOMS = [Source(f"accelerator.{room}", "", is_package=True) for room in ("launch", "config", "checkpoint", "cli")]
+ROOMS = [
+    Source(f"accelerator.{room}", "", is_package=True) for room in ("launch", "config", "checkpoint", "cli", "trackers")
+]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,8 @@ ROOMS = [Source(f"accelerator.{room}", "", is_package=True) for room in ("launch
         ("from accelerator.checkpoint import save", "accelerator.launch.agent", 1),
         ("from ..checkpoint.manifest import digest", "accelerator.launch.agent", 1),
         ("from .. import checkpoint", "accelerator.launch.agent", 1),
-        ("from ..checkpoint import save", "accelerator.cli.main", 1),
+        ("from ..trackers import Tracker", "accelerator.cli.main", 1),
+        ("from ..checkpoint import offline", "accelerator.cli.main", 0),
         ("from ..launch import launch", "accelerator.cli.main", 0),
         ("from .ports import free_port", "accelerator.launch.agent", 0),
         ("from .launch import launch", "accelerator.accelerator", 0),

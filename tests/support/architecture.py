@@ -27,7 +27,7 @@ TOP_LEVEL = frozenset({"pyproject.toml", "constraints.txt", "Makefile", "README.
 # Which rooms of `accelerator` may import which others. The command line ties rooms together; a launcher starts
 # what the configuration says.
 ROOMS_MAY_IMPORT: Mapping[str, frozenset[str]] = {
-    "cli": frozenset({"launch", "config", "configure", "doctor", "bigmodel", "report"}),
+    "cli": frozenset({"checkpoint", "launch", "config", "configure", "doctor", "bigmodel", "report"}),
     "doctor": frozenset({"launch", "config"}),
     "configure": frozenset({"config"}),
     "launch": frozenset({"config"}),

@@ -19,7 +19,8 @@ def test_without_a_command_the_usage_is_shown(capsys: pytest.CaptureFixture[str]
 def test_a_command_with_a_typo(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lunch"]) == 2
     assert capsys.readouterr().err == (
-        "accelerator: 'lunch' is not a command; expected config or doctor or env or launch or conformance or estimate. "
+        "accelerator: 'lunch' is not a command; expected config or doctor or env or launch or conformance or estimate "
+        "or report or checkpoint or export. "
         "Did you mean 'launch'?\n"
     )
 
