@@ -179,15 +179,15 @@ def named_failures(world: World) -> Iterator[None]:
         raise lost from error
 
 
-def leave_last_words(world: World, error: BaseException) -> None:
-    """Tell the other ranks why this one is about to go, for their `PeerLostError`. Not collective."""
+def leave_last_words(world: World, error: BaseException, where: str = "") -> None:
+    """Tell the other ranks why, and `where`, this one is about to go, for their `PeerLostError`. Not collective."""
     if world.size == 1 or not dist.is_initialized():
         return
     lines = str(error).strip().splitlines() or [""]
     # An error of a DataLoader's worker carries its whole traceback, whose last line says what happened.
     words = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
     try:
-        _default_store().set(_key("last_words"), f"{type(error).__name__}: {words}"[:500])
+        _default_store().set(_key("last_words"), f"{where}{type(error).__name__}: {words}"[:500])
     except RuntimeError:  # the store went with its host: there is nobody left to tell
         return
 

@@ -123,9 +123,9 @@ class Sources:
         self.latest: Cursor | None = None  # the last one that gave a batch, open or not
         self._left_words = False
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException, where: str = "") -> None:
         """Tell the other ranks of an error that is about to leave the loop here, and perhaps to end the process."""
-        leave_last_words(self._world, error)
+        leave_last_words(self._world, error, where)
         self._left_words = True
 
     def open(self, cursor: Cursor) -> None:

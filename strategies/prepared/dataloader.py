@@ -149,12 +149,22 @@ class DataLoaderLink:
                 self._check_number(cursor, cut.num_batches)
             cursor.finished = True
         except Exception as error:
-            sources.fail(error)
+            sources.fail(error, self._note(error, cursor))
             raise
         finally:
             cursor.is_open = False
             sources.close(cursor)
         self._check_trained(cursor)
+
+    def _note(self, error: Exception, cursor: Cursor) -> str:
+        """Say which samples were to be read when `error` came: for this rank in a note, for the others in words."""
+        indices = None if isinstance(error, DataError) else self.indices(cursor, cursor.index + 1)
+        if not indices:
+            return ""
+        where = f"reading batch {cursor.index + 1} of epoch {cursor.epoch}, samples {indices!s:.200}"
+        if hasattr(error, "add_note"):  # from Python 3.11
+            error.add_note(f"while {where} on rank {cursor.rank}")
+        return f"{where}: "
 
     def indices(self, cursor: Cursor, batch: int) -> list[Any] | None:
         """Which samples this rank has in a batch of the pass `cursor`, as the dataset counts; `None` if not known."""

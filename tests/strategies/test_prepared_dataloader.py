@@ -310,3 +310,29 @@ def lengths_of_copies() -> tuple[int, int]:
 
 def test_pickling_gives_the_users_own_loader_on_two_ranks(ranks: RankPool) -> None:
     assert ranks(lengths_of_copies) == [(5, 5)] * 2
+
+
+class Broken(Numbers):
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 11:
+            raise KeyError("the file of sample 11 is gone")
+        return torch.ones(1) * index
+
+
+def train_on_broken_data(workers: int) -> None:
+    accelerator = Accelerator(strategy="ddp")
+    context = "fork" if workers else None
+    loader = DataLoader(Broken(12), batch_size=2, num_workers=workers, multiprocessing_context=context)
+    model, loader = accelerator.prepare(nn.Linear(1, 1), loader)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(batch).mean())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_exception_while_reading_names_the_samples_on_every_rank(ranks: RankPool, workers: int) -> None:
+    other, own = ranks(train_on_broken_data, workers, return_exceptions=True)
+    assert isinstance(own, KeyError)
+    assert "the file of sample 11 is gone" in str(own)
+    assert "reading batch 2 of epoch 0, samples [10, 11]: KeyError" in str(other)
+    assert "the file of sample 11 is gone" in str(other)
