@@ -27,7 +27,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def came(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[Came]:
     """`came("data", "sgd")` is what came of a part of `parts.py` under a mode.
 
-    Only what the tests of this session use is run: their parameters `mode`, and `part` if all have one.
+    Only the modes that tests of this session have as a parameter `mode` are run, each with all its parts.
     """
     processes = FreshProcesses(tmp_path_factory.mktemp("modes"))  # not `fresh`, whose processes end with each test
     calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
