@@ -28,6 +28,7 @@ from .config import NOT_GIVEN, NotGiven, given, resolve_settings
 from .debugging import Debugging
 from .explain import Explanation, explain
 from .ledger import start_ledger
+from .profiling import Rounds, profiled
 from .progress import progress
 from .ranks import Ranks
 from .record import Record, chosen_trackers, names_of
@@ -439,6 +440,25 @@ class Accelerator(Ranks):
         `CI` is set), unless `style` says which. It reads the loss at most four times a second, without waiting.
         """
         return progress(items, self._accumulation, description=description, total=total, style=style)
+
+    def profile(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        wait: int = 1,
+        warmup: int = 1,
+        active: int = 3,
+        repeat: int = 1,
+        **options: Any,
+    ) -> AbstractContextManager[torch.profiler.profile]:
+        """A block around the loop in which torch's profiler records some optimizer steps, on each rank that enters it.
+
+        It leaves `wait` steps out, warms up for `warmup`, records `active`, and does so `repeat` times (0: always).
+        Traces go to `folder`, else to `profile` in the `project_dir`; `options` to `torch.profiler.profile`.
+        """
+        where = Path(folder) if folder is not None else self.project_dir and self.project_dir / "profile"
+        rounds = Rounds(wait=wait, warmup=warmup, active=active, repeat=repeat)
+        return profiled(self._accumulation, where, rounds, options)
 
     def explain(self) -> Explanation:
         """What was asked and what runs, every setting with its origin. Print it; not a collective."""

@@ -241,3 +241,7 @@ def test_resume_exactly(run: Player) -> None:
 def test_change_world_size(run: Player, tmp_path: Path) -> None:
     printed = [run("change_world_size", str(tmp_path), nproc=nproc) for nproc in (3, 2, 1)]
     assert "".join(printed) == promised("change_world_size")
+
+
+def test_profile_a_run(run: Player) -> None:
+    assert run("profile_a_run") == promised("profile_a_run")
