@@ -86,18 +86,17 @@ def write(tensors: Mapping[str, Tensor], folder: Path, world: World, group: dist
     from torch.distributed.checkpoint.api import CheckpointException
 
     folder.mkdir(parents=True, exist_ok=True)
+    background = threading.current_thread() is not threading.main_thread()
     try:
-        if world.size == 1:
-            with _quiet() if _is_on_xla(tensors) else nullcontext():
-                _write_alone(cast(dict[str, Any], dict(tensors)), folder)
-            return
-        background = threading.current_thread() is not threading.main_thread()
         with nullcontext() if background else _quiet():  # filters of warnings belong to all threads
-            save(
-                cast(dict[str, Any], dict(tensors)),
-                storage_writer=FileSystemWriter(folder, sync_files=False),
-                process_group=group,
-            )
+            if world.size == 1:
+                _write_alone(cast(dict[str, Any], dict(tensors)), folder)
+            else:
+                save(
+                    cast(dict[str, Any], dict(tensors)),
+                    storage_writer=FileSystemWriter(folder, sync_files=False),
+                    process_group=group,
+                )
     except CheckpointException as error:  # derives from BaseException
         raise StateError(f"writing tensors failed: {_first_reason(error)}") from error
     except (OSError, RuntimeError) as error:

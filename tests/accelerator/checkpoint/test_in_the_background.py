@@ -15,6 +15,9 @@ from fresh_process import FreshProcesses
 from rank_pool import RankPool
 from strategies import CPU, DDP, FSDP, StateError
 
+# torch 2.9 warns of its own storages; a thread must not change the filters of warnings, which are those of all threads
+pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+
 
 def train_on(strategy: Any, folder: str) -> bool:
     """Save in the background, train on at once, and go back: whether all is as it was at the call."""

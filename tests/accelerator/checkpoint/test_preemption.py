@@ -19,6 +19,9 @@ from fresh_process import FreshProcesses
 from rank_pool import RankPool
 from strategies import CPU, DDP, FSDP, ConfigurationError, World
 
+# torch 2.9 warns of its own storages; a thread must not change the filters of warnings, which are those of all threads
+pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+
 
 def train(strategy: Any, folder: str, signals: dict[int, str]) -> tuple[int, int, bool]:
     """Until a checkpoint is due; `signals` are sent by ranks to themselves after three steps."""

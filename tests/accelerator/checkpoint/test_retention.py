@@ -16,6 +16,9 @@ from accelerator import Accelerator
 from rank_pool import RankPool
 from strategies import CPU, DDP, ConfigurationError, StateError
 
+# torch 2.9 warns of its own storages; a thread must not change the filters of warnings, which are those of all threads
+pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+
 
 class Run:
     """Takes steps whose loss is what it is told, and saves after each."""
