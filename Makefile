@@ -13,7 +13,9 @@ DOCS := $(VENV)/.docs-$(KEY)
 XLA := $(VENV_XLA)/.xla-$(KEY)
 
 # These need a device, an environment of their own, a quiet machine, or programs and rights that pip cannot give.
-PYTEST := -m pytest --ignore=tests/xla --ignore=tests/gpu --ignore=tests/benchmarks --ignore=tests/cluster
+ELSEWHERE := --ignore=tests/xla --ignore=tests/gpu --ignore=tests/benchmarks --ignore=tests/cluster
+# Two halves side by side: half of a run's time goes by waiting for processes that start, time out or are killed.
+PYTEST := -m pytest -n 2 --dist worksteal $(ELSEWHERE)
 
 .NOTPARALLEL:
 .PHONY: demo test test-xla test-cluster check bench docs clean
