@@ -56,7 +56,7 @@ class Background:
         while (call := self._calls.get()) is not None:
             try:
                 call()
-            except Exception as error:  # of whatever is called: the loop must not end for it
+            except BaseException as error:  # SystemExit too, of whatever is called: nothing may end for it
                 _log.warning("%s: %s: %s", self._name, type(error).__name__, error)
 
     def _empty(self) -> None:

@@ -36,23 +36,34 @@ class LineFile:
         self._file.flush()
 
     def resume(self, step: int) -> None:
-        """Go on after `step`: lines of later steps, which will be written again, go; a line says so.
+        """Go on after `step` of the optimizer: lines of later steps, which will be written again, leave the file.
 
-        Events stay. What this process has written before, to a file of its own, follows the earlier run's.
+        They are moved to a file beside it (`log.1.jsonl`), which the line that says so names. Events stay. What this
+        process has written before, to a file of its own, follows the earlier run's. A line is later by its
+        `optimizer_steps`, and where it has none by its `step`.
         """
         own = read_lines(self.path) if self._aside is not None else []
         before = read_lines(self._aside or self.path)
-        kept = [record for record in before if "event" in record or not _is_after(record, step)]
-        mark = {"event": "resumed", "step": step, "time": time.time(), "dropped": len(before) - len(kept)}
+        kept = [record for record in before if not _is_after(record, step)]
+        cut = [record for record in before if _is_after(record, step)]
+        mark = {"event": "resumed", "step": step, "time": time.time(), "dropped": len(cut)}
         self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        hidden = self.path.with_name(f".{self.path.name}.writing")
-        hidden.write_text("".join(_line(record) for record in [*kept, mark, *own]), encoding="utf-8")
-        os.replace(hidden, self.path)
+        if cut:
+            backup = _free_name(self.path)
+            self._replace(backup, cut)
+            mark["moved_to"] = backup.name
+        self._replace(self.path, [*kept, mark, *own])
         if self._aside is not None:
             self._aside.unlink()
             self._aside = None
         self._file = self.path.open("a", encoding="utf-8")
+
+    def _replace(self, path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write a whole file, so that a kill leaves the old one or the new one."""
+        hidden = self.path.with_name(f".{self.path.name}.writing")
+        hidden.write_text("".join(_line(record) for record in records), encoding="utf-8")
+        os.replace(hidden, path)
 
     def close(self) -> None:
         """Close the file; writing again would begin another run's."""
@@ -88,7 +99,9 @@ def _strict(value: Any) -> Any:
 
 
 def _is_after(record: Mapping[str, Any], step: int) -> bool:
-    found = record.get("step")
+    if "event" in record:
+        return False
+    found = record.get("optimizer_steps", record.get("step"))
     return isinstance(found, int) and found > step
 
 

@@ -72,7 +72,11 @@ def _profiled(
     folder.mkdir(parents=True, exist_ok=True)
 
     def keep(profiler: profile) -> None:
-        path = folder / f"rank{world.rank}-step{profiler.step_num}.json.gz"
+        taken = max((link.num_steps for link in accumulation.optimizers), default=0)
+        path, number = folder / f"rank{world.rank}-step{taken}.json.gz", 1
+        while path.exists():
+            number += 1
+            path = folder / f"rank{world.rank}-step{taken}-{number}.json.gz"
         profiler.export_chrome_trace(str(path))
 
     activities: Iterable[ProfilerActivity] = [ProfilerActivity.CPU]

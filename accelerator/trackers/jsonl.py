@@ -15,6 +15,7 @@ FILE_NAME = "log.jsonl"
 class JSONLines(Tracker):
     """One line to a call of `log`: `{"step": 3, "time": 1763712000.5, "values": {"loss": 0.25}}`. Keeps no images.
 
+    `"optimizer_steps"` stands beside a `"step"` that is another number: a resume goes by it.
     `{"config": {...}}` holds settings; `{"event": "resumed", "step": 20, ...}` says where a run went on.
     A subclass with `all_ranks = True` writes `log-rank<rank>.jsonl` on each.
     """
@@ -37,7 +38,8 @@ class JSONLines(Tracker):
         """One line."""
         kept = {name: _plain(value) for name, value in values.items() if not isinstance(value, Image)}
         if kept:
-            self._file.write([{"step": step, "time": time, "values": kept}])
+            own = {} if step == self.optimizer_steps else {"optimizer_steps": self.optimizer_steps}
+            self._file.write([{"step": step, **own, "time": time, "values": kept}])
         return [name for name in values if name not in kept]
 
     def resume(self, step: int) -> None:

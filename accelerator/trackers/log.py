@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import operator
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,22 +40,22 @@ class Log:
     def __init__(self, trackers: Sequence[Tracker], run: Run, config: Mapping[str, Any]) -> None:
         self._trackers = [tracker for tracker in trackers if run.rank == 0 or tracker.all_ranks]
         self._run = run
-        self._config = dict(config)
+        self._config = _plain(config)
         self._background = Background("trackers")
-        self._begun = False
+        self._begun = self._closed = False
         self._held: list[_Entry] = []  # their tensors are on a device that is read later, in the loop's thread
         self._working: list[Tracker] = []
         self._told: set[str] = set()
 
     def log(self, values: Mapping[str, Any], step: int | None, taken: int) -> None:
         """Keep `values` for `step`, by default the `taken` steps of the optimizer. Raises `StepError` for a bad one."""
-        if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
-            raise StepError(f"log() got step={step!r}; expected an integer >= 0, or none for the optimizer steps taken")
+        step = taken if step is None else _whole(step)
         frozen = {str(name): _frozen(name, value) for name, value in values.items()}
+        self._check_open()
         if not self._trackers:
             return
         self._begin()
-        entry = _Entry(Later(frozen), taken if step is None else step, time.time(), taken)
+        entry = _Entry(Later(frozen), step, time.time(), taken)
         while self._held and self._held[0].at < taken:
             self._pass_on(self._held.pop(0))
         if entry.values.is_copied and not self._held:
@@ -61,10 +64,12 @@ class Log:
             self._held.append(entry)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Keep the configuration of the script."""
+        """Keep the configuration of the script, as it is now."""
+        self._check_open()
         if self._trackers:
             self._begin()
-            self._submit(lambda tracker: tracker.log_config(config))
+            plain = {str(key): _plain(value) for key, value in config.items()}
+            self._submit(lambda tracker: tracker.log_config(plain))
 
     def resumed(self, step: int) -> None:
         """The run goes on after `step` of the optimizer."""
@@ -81,7 +86,11 @@ class Log:
             self._submit(lambda tracker: tracker.close())
         self._background.close()
         self._trackers = []
-        self._begun = False
+        self._begun, self._closed = False, True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StepError("log() came after end_training(), which closed the trackers. Call it before.")
 
     def _begin(self) -> None:
         if not self._begun:
@@ -105,9 +114,10 @@ class Log:
     def _tries(self, tracker: Tracker, call: Callable[[Tracker], None]) -> bool:
         try:
             call(tracker)
-        except Exception as error:  # of other people's packages: training goes on without them
-            name = name_of(tracker)
-            self._warn_once(name, f"the tracker {name!r} failed, and training goes on: {type(error).__name__}: {error}")
+        except BaseException as error:  # of other people's packages, SystemExit too: training goes on without them
+            name, what = name_of(tracker), f"{type(error).__name__}: {error}"
+            cause = re.sub(r"0x[0-9a-f]+|\d+", "", what)  # the same one at another step, or of another object
+            self._warn_once(f"{name} {cause}", f"the tracker {name!r} failed, and training goes on: {what}")
             return False
         return True
 
@@ -125,6 +135,7 @@ class Log:
         values: dict[str, Value] = entry.values.read()
 
         def keep(tracker: Tracker) -> None:
+            tracker.optimizer_steps = entry.at
             for name in tracker.log(values, entry.step, entry.time):
                 kind, who = type(values[name]).__name__, name_of(tracker)
                 self._warn_once(f"{who} {kind}", f"{who} keeps nothing of the kind {kind}: {name!r} is not in it")
@@ -140,26 +151,48 @@ def _frozen(name: Any, value: Any) -> Any:
                 f"log() got {name!r} of shape {tuple(value.shape)}; expected one number. Take its mean(), or log "
                 "Histogram(it)."
             )
-        value = value.detach()
-        return value.item() if value.device.type == "cpu" else value
+        if not value.is_complex():
+            return value.detach().item() if value.device.type == "cpu" else value.detach()
     if isinstance(value, Image):
         return Image(_copied(value.pixels), value.caption)
     if isinstance(value, Histogram):
         return Histogram(_copied(value.values), value.num_bins)
-    if isinstance(value, bool | int | float | str | Table):
+    if isinstance(value, Table):
+        return Table([str(name) for name in value.columns], [[_plain(cell) for cell in row] for row in value.rows])
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool | int | float | str):
         return value
-    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):  # a scalar of NumPy
-        return value.item()
     raise StepError(
         f"log() got {name!r} of type {type(value).__name__}; expected a number, a tensor of one, text, Image, "
         "Histogram or Table"
     )
 
 
+def _whole(step: Any) -> int:
+    """`step` as an integer, of NumPy too. Raises `StepError` for what is none, or below 0."""
+    try:
+        found = -1 if isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise StepError(f"log() got step={step!r}; expected an integer >= 0, or none for the optimizer steps taken")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A copy that every tracker can keep: numbers, text, lists and dictionaries of them; else the text of `value`."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
 def _copied(values: Any) -> Any:
     """An array of its own on the host. Of a device this waits, as its caller must know."""
-    import numpy as np
-
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = values.float() if values.dtype == torch.bfloat16 else values

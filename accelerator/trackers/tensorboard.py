@@ -19,7 +19,8 @@ class TensorBoard(Tracker):
         """Open a file in the folder."""
         assert run.folder is not None
         self._folder = str(run.folder / "tensorboard")
-        self._open(None if run.resumed is None else run.resumed + 1)
+        self._hides = None if run.resumed is None else run.resumed + 1  # from which step on, at the next value
+        self._open(None)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """As a table of text at step 0."""
@@ -28,6 +29,12 @@ class TensorBoard(Tracker):
 
     def log(self, values: Mapping[str, Value], step: int, time: float) -> Sequence[str]:
         """Add each value under its name."""
+        if (
+            self._hides is not None
+        ):  # not before: where the script counts in another unit, its first step says from where
+            self.close()
+            self._open(max(self._hides, step))
+            self._hides = None
         writer = self._writer
         for name, value in values.items():
             if isinstance(value, Image):
@@ -45,9 +52,8 @@ class TensorBoard(Tracker):
         return ()
 
     def resume(self, step: int) -> None:
-        """Begin a file that hides what others hold of later steps."""
-        self.close()
-        self._open(step + 1)
+        """Hide what is there of later steps, as soon as there is a value to begin a new file with."""
+        self._hides = step + 1
 
     def close(self) -> None:
         """Write what is buffered."""

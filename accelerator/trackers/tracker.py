@@ -43,7 +43,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers or text under named columns."""
+    """Rows of numbers or text under named columns, as they are when they are logged."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -81,6 +81,9 @@ class Tracker(ABC):
     needs_folder: ClassVar[bool] = False
     """Whether it cannot do without a `project_dir`."""
 
+    optimizer_steps: int = 0
+    """Steps that the optimizer had taken at the call whose values `log` is given; they may have another `step`."""
+
     def begin(self, run: Run) -> None:  # noqa: B027  # not every tracker has something to open
         """Open the run: a new one, or with `run.resumed` the one that is in its folder."""
 
@@ -95,7 +98,7 @@ class Tracker(ABC):
         """
 
     def resume(self, step: int) -> None:  # noqa: B027  # a tracker may be unable to take points back
-        """The run, already begun, goes back to after `step`: what is there of later steps will be logged again."""
+        """The run, already begun, goes back to after `step` of the optimizer: what came later will be logged again."""
 
     def close(self) -> None:  # noqa: B027  # nor has something to close
         """Write what is left. Nothing is called after."""

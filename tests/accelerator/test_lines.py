@@ -46,6 +46,8 @@ def test_a_run_cut_anywhere_goes_on_without_a_step_twice(cut: int, last: int, re
             json.loads(line)
         mark = next(record for record in read_lines(path) if record.get("event") == "resumed")
         assert (mark["step"], mark["dropped"]) == (resumed, max(0, whole - resumed))
+        moved = steps_in(path.with_name(mark["moved_to"])) if mark["dropped"] else []
+        assert moved == [*range(resumed + 1, whole + 1)]
 
 
 def test_another_run_in_the_same_folder_moves_the_file_aside(tmp_path: Path) -> None:
@@ -64,7 +66,8 @@ def test_resuming_after_the_first_line_still_goes_on_with_the_earlier_file(tmp_p
     file.write(numbered(3))
     file.close()
     assert steps_in(path) == [1, 2, 0, 3]
-    assert list(tmp_path.iterdir()) == [path]
+    assert steps_in(tmp_path / "log.2.jsonl") == [3]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "log.2.jsonl", path]
 
 
 def test_going_back_within_a_run_takes_its_later_lines_and_keeps_events(tmp_path: Path) -> None:
@@ -75,6 +78,16 @@ def test_going_back_within_a_run_takes_its_later_lines_and_keeps_events(tmp_path
     file.write(numbered(2))
     file.close()
     assert [record.get("event", record["step"]) for record in read_lines(path)] == [1, "skipped", "resumed", 2]
+
+
+def test_a_step_of_another_unit_is_compared_by_the_optimizer_steps_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    file = LineFile(path)
+    file.write([{"step": 8 * taken, "optimizer_steps": taken} for taken in (1, 2, 3)])
+    file.write([{"step": 0, "optimizer_steps": 3}])
+    file.resume(2)
+    file.close()
+    assert steps_in(path) == [8, 16]
 
 
 def test_numbers_that_json_has_not_are_read_back(tmp_path: Path) -> None:

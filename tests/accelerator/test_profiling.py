@@ -53,6 +53,21 @@ def test_rounds_repeat_and_options_go_to_torch(tmp_path: Path) -> None:
     ]
 
 
+def test_a_block_per_epoch_keeps_every_trace(tmp_path: Path) -> None:
+    accelerator = Accelerator("cpu", project_dir=tmp_path, timers=False)
+    model = nn.Linear(4, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for epoch in range(3):
+        with accelerator.profile(wait=0, warmup=1, active=1):
+            for _ in range(2):
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(torch.ones(2, 4)).mean())
+                    if epoch < 2:
+                        optimizer.step()
+    traces = sorted(path.name for path in (tmp_path / "profile").iterdir())
+    assert traces == ["rank0-step2.json.gz", "rank0-step4-2.json.gz", "rank0-step4.json.gz"]
+
+
 def test_an_exception_goes_on_its_way_and_nothing_stays(tmp_path: Path) -> None:
     accelerator = Accelerator("cpu")
     with pytest.raises(torch.OutOfMemoryError), accelerator.profile(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 from collections.abc import Mapping
 from importlib import metadata
@@ -55,6 +56,15 @@ class Breaks(Notebook):
         raise OSError("the disk is full")
 
 
+class Exits(Notebook):
+    """Fails in several ways, each at several steps."""
+
+    def log(self, values: Mapping[str, Any], step: int, time: float) -> tuple[str, ...]:
+        if step % 2:
+            sys.exit(f"the service says no at step {step}")
+        raise OSError(f"no answer from {object()}")
+
+
 class NeverBegins(Notebook):
     """Fails before the first."""
 
@@ -68,20 +78,22 @@ class EveryRank(JSONLines):
     all_ranks: ClassVar[bool] = True
 
 
-def train(accelerator: Accelerator, steps: int, *, resume: bool = False) -> float:
+def train(accelerator: Accelerator, steps: int, *, resume: bool = False, save_at: int | None = None) -> float:
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
     if resume:
         accelerator.resume()
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         with accelerator.accumulate(model):
             loss = model(torch.ones(4, 2)).square().mean()
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
         accelerator.log({"loss": loss})
+        if step == save_at:
+            accelerator.save_state()
     return loss.item()
 
 
@@ -120,6 +132,22 @@ def test_values_are_those_at_the_call_though_they_change_after(tmp_path: Path) -
     assert notebook.lines[-1] == "close"
 
 
+def test_rows_and_configurations_are_copied_at_the_call(tmp_path: Path) -> None:
+    accelerator = Accelerator("cpu", project_dir=tmp_path)
+    row, config = [0, torch.zeros(())], {"lr": 0.1, "milestones": [1, 2], "dtype": torch.float32, "at": np.arange(2)}
+    accelerator.log(config=config)
+    for step in range(3):
+        row[0], row[1] = step, row[1] + 1
+        accelerator.log({"table": Table(["step", "value"], [row])}, np.int64(step))
+    row.clear()
+    config["milestones"].append(3)  # type: ignore[attr-defined]
+    accelerator.end_training()
+    tables = [(step, values["table"]["rows"]) for step, values in logged(tmp_path)]
+    assert tables == [(step, [[step, step + 1.0]]) for step in range(3)]
+    configs = [line["config"] for line in read_lines(tmp_path / "log.jsonl") if "config" in line]
+    assert configs[1] == {"lr": 0.1, "milestones": [1, 2], "dtype": "torch.float32", "at": [0, 1]}
+
+
 def test_a_device_that_cannot_say_when_it_is_done_is_read_after_the_step() -> None:
     notebook = Notebook()
     accelerator = Accelerator("cpu", trackers=[notebook])
@@ -135,10 +163,7 @@ def test_a_device_that_cannot_say_when_it_is_done_is_read_after_the_step() -> No
 
 def test_a_resumed_run_continues_its_log(tmp_path: Path) -> None:
     first = Accelerator("cpu", project_dir=tmp_path)
-    train(first, 3)
-    first.save_state()
-    for step in (4, 5):
-        first.log({"loss": 0.0}, step=step)  # lost with the process: the next one computes them again
+    train(first, 5, save_at=3)  # what comes after is lost with the process: the next one computes it again
     first.end_training()
     notebook = Notebook()
     second = Accelerator("cpu", project_dir=tmp_path, trackers=("jsonl", notebook))
@@ -148,6 +173,49 @@ def test_a_resumed_run_continues_its_log(tmp_path: Path) -> None:
     mark = next(line for line in read_lines(tmp_path / "log.jsonl") if line.get("event") == "resumed")
     assert (mark["step"], mark["dropped"]) == (3, 2)
     assert notebook.lines[0] == ("begin", 3)
+
+
+@pytest.mark.parametrize("tracker", ["jsonl", "tensorboard"])
+def test_a_resume_keeps_what_was_logged_in_another_unit(tmp_path: Path, tracker: str) -> None:
+    for resume in (False, True):
+        accelerator = Accelerator("cpu", project_dir=tmp_path, trackers=(tracker,))
+        model = nn.Linear(2, 1)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        start = 3 if resume and accelerator.resume() else 0
+        for step in range(start, start + 3):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(torch.ones(4, 2)).mean())
+                optimizer.step()
+                optimizer.zero_grad()
+            accelerator.log({"loss": 0.5}, step=8 * (step + 1))
+        if not resume:
+            accelerator.save_state()
+        accelerator.end_training()
+    if tracker == "jsonl":
+        steps = [step for step, _ in logged(tmp_path)]
+    else:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        found = EventAccumulator(str(tmp_path / "tensorboard"))
+        found.Reload()
+        steps = [event.step for event in found.Scalars("loss")]
+    assert steps == [8, 16, 24, 32, 40, 48]
+
+
+def test_another_script_in_the_same_folder_takes_no_lines_away(tmp_path: Path) -> None:
+    training = Accelerator("cpu", project_dir=tmp_path)
+    train(training, 6, save_at=2)
+    training.end_training()
+    before = [line for line in read_lines(tmp_path / "log.jsonl") if "values" in line]
+    evaluation = Accelerator("cpu", project_dir=tmp_path)
+    model = nn.Linear(2, 1)
+    evaluation.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    evaluation.load_state(tmp_path / "checkpoints" / "step-000000002")
+    evaluation.log({"accuracy": 0.5})
+    evaluation.end_training()
+    after = [line for name in ("log.1.jsonl", "log.jsonl") for line in read_lines(tmp_path / name) if "values" in line]
+    assert len(before) == 6
+    assert all(line in after for line in before)
 
 
 def test_going_back_is_told_to_trackers_that_have_begun(tmp_path: Path) -> None:
@@ -192,6 +260,27 @@ def test_a_failing_tracker_warns_once_and_the_others_go_on(tmp_path: Path, caplo
     assert all("training goes on" in words for words in told)
 
 
+def test_an_exit_ends_no_tracker_and_each_cause_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    accelerator = Accelerator("cpu", project_dir=tmp_path, trackers=[Exits(), "jsonl"])
+    with caplog.at_level(logging.WARNING, logger="accelerator"):
+        for step in range(6):
+            accelerator.log({"loss": 0.5}, step)
+        accelerator.end_training()
+    assert [step for step, _ in logged(tmp_path)] == [*range(6)]
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "OSError: no answer from" in told[0]
+    assert "SystemExit: the service says no at step 1" in told[1]
+
+
+def test_logging_after_the_end_is_refused(tmp_path: Path) -> None:
+    accelerator = Accelerator("cpu", project_dir=tmp_path)
+    accelerator.end_training()
+    for given in ({"values": {"loss": 1.0}}, {"config": {"lr": 0.1}}):
+        with pytest.raises(StepError, match=r"log\(\) came after end_training\(\)"):
+            accelerator.log(**given)
+
+
 def test_a_kind_that_a_tracker_has_not_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     accelerator = Accelerator("cpu", project_dir=tmp_path)
     with caplog.at_level(logging.WARNING, logger="accelerator"):
@@ -220,6 +309,7 @@ def test_the_main_process_logs_and_every_rank_where_a_tracker_asks(ranks: RankPo
     ("values", "step", "words"),
     [
         ({"loss": torch.zeros(3)}, None, r"'loss' of shape \(3,\); expected one number"),
+        ({"loss": torch.tensor(1 + 2j)}, None, "'loss' of type Tensor; expected a number"),
         ({"loss": [1.0]}, None, "'loss' of type list; expected a number"),
         ({"loss": 1.0}, -1, "step=-1; expected an integer >= 0"),
         ({"loss": 1.0}, 1.5, "step=1.5; expected an integer >= 0"),
