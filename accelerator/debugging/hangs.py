@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 import sys
 import threading
@@ -21,7 +22,7 @@ from strategies import World
 from strategies.observer import Observer
 from strategies.process_group import explain_lost_peer, shared_store
 
-from .position import locate, signature, stack_of
+from .position import Waits, locate, signature, stack_of
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -50,18 +51,20 @@ class Report:
 
 
 class HangWatch(Observer):
-    """A thread that looks at the thread it was made in, and ends the process when that has not moved for too long.
+    """A thread that looks at the thread it was made in, and ends the process when no rank has moved for too long.
 
-    Moving is: an event of the loop, another instruction, or, on a CPU, computing. Until the first optimizer step
-    `first_step_timeout` seconds are allowed, then `timeout`. Each rank writes where it is into the job's store as it
-    goes, so that the place of one that stops answering is known too. The first rank whose time is up asks all; those
-    that live answer, the lowest of them prints the table, and all end with exit code 1. Not a collective.
+    Moving is: an event of the loop, another instruction, a blocking call that ended (`position.Waits`), or, on a
+    CPU, computing. Until the first optimizer step `first_step_timeout` seconds are allowed, then `timeout`. Each rank
+    writes where it is into the job's store as it goes, so that the place of one that stops answering is known too, and
+    into one key that it moved, which those that wait read. The first rank whose time is up asks all; those that live
+    answer, the lowest of them prints the table, and all end with exit code 1. Not a collective.
     """
 
     def __init__(self, world: World, *, timeout: int, first_step_timeout: int) -> None:
         self._world = world
         self._limits = (first_step_timeout, timeout)
         self._watched = threading.get_ident()
+        self._waits = Waits(threading.get_native_id() if world.device.type == "cpu" else None)
         self._events = 0
         self._stepped = False
         self._stop = threading.Event()
@@ -105,25 +108,50 @@ class HangWatch(Observer):
 
     def _watch(self) -> None:
         interval = min(max(min(self._limits) / 8, 0.1), 2.0)
-        last: object = None
-        since, used = time.monotonic(), self._seconds_used()
-        while not self._stop.wait(interval):
-            now, frames = time.monotonic(), stack_of(self._watched)
-            seen = (self._events, signature(frames))
-            settling = any(frame.f_code is explain_lost_peer.__code__ for frame in frames)  # ends by itself
-            del frames  # they hold the tensors of the loop
+        last, moves, heard = self._seen(), 0, ""
+        since = alive = time.monotonic()  # when this rank, and when any, was last seen to move
+        used = self._seconds_used()
+        while True:
+            moved = self._moves_within(interval, last)
+            if self._stop.is_set():
+                return
+            now, last = time.monotonic(), self._seen()
             computed = self._seconds_used() - used
             used += computed
-            if seen != last or settling or computed > 0.1 * interval:
-                last, since = seen, now
+            if moved or computed > 0.1 * interval:
+                since = alive = now
+                moves += 1
+                heard = f"{self._world.rank} {moves}"
+                self._put("moved", heard)
+            elif (said := self._read("moved")) != heard:
+                alive, heard = now, said
             self._tell("at", self._report(now - since, detailed=False))
-            late = now - since > self._limits[self._stepped]
+            late = now - alive > self._limits[self._stepped]
             if not late and not self._has("asked"):
                 continue
             if self._stop.is_set():
                 return
             self._tell("asked", None)
             self._end(self._report(now - since, detailed=True))
+
+    def _moves_within(self, interval: float, last: object) -> bool:
+        """Look for `interval` seconds whether the thread is where it was; often, since it may return there each time.
+
+        Looks are at random moments, and end with the first that finds it elsewhere: one that moves is seldom disturbed.
+        """
+        end, moved = time.monotonic() + interval, False
+        while (left := end - time.monotonic()) > 0:
+            if self._stop.wait(left if moved else min(left, random.uniform(0.01, 0.05))):
+                break
+            moved = moved or self._seen() != last
+        return moved
+
+    def _seen(self) -> object:
+        """What stays the same as long as the thread does not move."""
+        frames = stack_of(self._watched)  # not kept: they hold the tensors of the loop
+        if any(frame.f_code is explain_lost_peer.__code__ for frame in frames):
+            return object()  # ends by itself
+        return self._events, signature(frames), self._waits.ended(frames)
 
     def _seconds_used(self) -> float:
         """Of the processor, by the watched thread. Not known with an accelerator, whose driver waits by turning."""
@@ -171,10 +199,13 @@ class HangWatch(Observer):
     # -- the store: lost with its host, in which case this rank is on its own ---------------------------------
 
     def _tell(self, what: str, report: Report | None) -> None:
-        key = f"accelerator/hang/{what}" + (f"/{report.rank}" if report is not None else "")
+        key = what + (f"/{report.rank}" if report is not None else "")
+        self._put(key, json.dumps(asdict(report)) if report is not None else "1")
+
+    def _put(self, what: str, text: str) -> None:
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
-                self._store.set(key, json.dumps(asdict(report)) if report is not None else "1")
+                self._store.set(f"accelerator/hang/{what}", text)
 
     def _has(self, what: str) -> bool:
         if self._store is not None:
@@ -183,10 +214,15 @@ class HangWatch(Observer):
         return False
 
     def _get(self, what: str) -> Report | None:
+        found = self._read(what)
+        return Report(**json.loads(found)) if found else None
+
+    def _read(self, what: str) -> str:
+        """What a key holds; empty if nothing, or if the store is lost."""
         if self._store is not None and self._has(what):
             with contextlib.suppress(RuntimeError):
-                return Report(**json.loads(self._store.get(f"accelerator/hang/{what}")))
-        return None
+                return bytes(self._store.get(f"accelerator/hang/{what}")).decode()
+        return ""
 
     def _until(self, done: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds

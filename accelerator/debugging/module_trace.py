@@ -39,6 +39,7 @@ class Place:
     made_by: str | None  # the module whose output it is; `None` if no module made it
     within: str  # the module in whose own code it was made or used, if no module did
     used_by: list[str] = field(default_factory=list)
+    needs_gradient: bool = False
     is_result: bool = False  # whether the model returned it
 
 
@@ -98,7 +99,9 @@ class ModuleTrace:
         return place if same else None
 
     def _look(self, tensor: Tensor, made_by: str | None, within: str) -> Place:
-        place = self._places[id(tensor)] = Place(weakref.ref(tensor), tensor._version, made_by, within)
+        place = self._places[id(tensor)] = Place(
+            weakref.ref(tensor), tensor._version, made_by, within, needs_gradient=tensor.requires_grad
+        )
         size = extremes(tensor)
         if size is not None:
             self._note(Check("forward", place, size))
@@ -135,22 +138,24 @@ def refuse_compiled(model: nn.Module, asked: str) -> None:
             )
 
 
-def unfinite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of the tensors that are not finite, in what this rank holds of them. Waits for the device."""
+def unfinite(named: Iterable[tuple[str, Tensor]], *, masks: bool = False) -> list[str]:
+    """The names of the tensors that are not finite, in what this rank holds of them. Waits for the device.
+
+    With `masks`, -inf alone counts as finite.
+    """
     sizes = [(name, size) for name, tensor in named if (size := extremes(tensor)) is not None]
-    return [sizes[index][0] for index in _which([size for _, size in sizes])]
+    grades = grade([size for _, size in sizes])
+    return [name for (name, _), found in zip(sizes, grades, strict=True) if found > masks]
 
 
-def _which(sizes: list[Tensor]) -> list[int]:
+def grade(sizes: list[Tensor]) -> list[int]:
+    """Of each of several extremes: 0 if finite, 1 if only -inf is not, as in a mask, else 2. Waits for the device."""
     if not sizes:
         return []
     if len({(size.dtype, size.device) for size in sizes}) > 1:
-        sizes = [torch.isfinite(size).float().to(sizes[0].device, non_blocking=True).log() for size in sizes]
-    finite = torch.isfinite(torch.stack(sizes)).all(dim=1)  # log(0) above is not finite
-    return [index for index, is_finite in enumerate(finite.tolist()) if not is_finite]
-
-
-def first_unfinite(checks: list[Check]) -> Check | None:
-    """The first of `checks` that saw a value which is not finite. Waits for the device, once."""
-    bad = _which([check.size for check in checks])
-    return checks[bad[0]] if bad else None
+        plain = [torch.where(torch.isfinite(size), torch.zeros_like(size), size).float() for size in sizes]
+        sizes = [size.to(sizes[0].device, non_blocking=True) for size in plain]
+    together = torch.stack(sizes)
+    worse = ~(together[:, 1] < torch.inf)  # NaN too, which is then both extremes
+    grades: list[int] = (torch.isfinite(together).all(dim=1).logical_not().int() + worse.int()).tolist()
+    return grades

@@ -18,7 +18,7 @@ from strategies.prepared.optimizer import OptimizerLink
 from strategies.sources import Cursor
 from strategies.window import Window
 
-from .module_trace import Check, ModuleTrace, Place, extremes, first_unfinite, unfinite
+from .module_trace import Check, ModuleTrace, Place, extremes, grade, unfinite
 
 _PHASES = ("forward", "backward")
 
@@ -51,9 +51,11 @@ class Finding:
 class NonfiniteSearch(Observer):
     """Raises `NonfiniteError` on every rank, with one message, where a value that is not finite first appears.
 
-    Ranks compare what they saw once per window, before the update, and once after it: two small collectives and two
+    What does not reach the loss or a gradient is not told: a mask of -inf, a forward whose output is thrown away. Ranks
+    compare what they saw once per window, before the update, and once after it: two small collectives and two
     waits for the device per window. In float16, what forward or backward make of finite inputs and weights is an
-    overflow while there is a loss scale above 1, which the scaler answers by skipping the step.
+    overflow while there is a loss scale above 1, which the scaler answers by skipping the step; a loss that finite
+    outputs make NaN or infinite is not, because it is not scaled yet.
     """
 
     def __init__(self, accumulation: Accumulation) -> None:
@@ -97,10 +99,9 @@ class NonfiniteSearch(Observer):
         seen.sort(key=lambda one: one.micro_batch)
         self._forget(window)
         world = self._accumulation.world
-        first = first_unfinite([one.check for one in seen])
+        first, masked = _first(seen)
         if collectives.any_true(first is not None, world):
-            mine = next((self._finding(one) for one in seen if one.check is first), None)
-            self._raise_unless_overflow(mine, window)
+            self._raise_unless_overflow(self._finding(first, masked) if first is not None else None, window)
         elif optimizer not in self._stepped:  # later steps begin with what was looked at after the last one
             self._stepped.add(optimizer)
             self._raise_for_parameters(optimizer, f"before step {optimizer.num_steps + 1}", "")
@@ -137,7 +138,8 @@ class NonfiniteSearch(Observer):
         finding = min(found, key=lambda one: (one.order, one.rank))
         weights = self._unfinite_weights(finding)
         scale = window.scaler.current if window is not None and window.scaler is not None else None
-        if scale is not None and scale > 1.0 and not weights and not finding.is_input:
+        of_loss = finding.model < 0
+        if scale is not None and scale > 1.0 and not weights and not finding.is_input and not of_loss:
             return  # the scaler skips this step and lowers the scale
         raise NonfiniteError(_message(finding, weights, scale))
 
@@ -154,7 +156,7 @@ class NonfiniteSearch(Observer):
             f"parameter {name}{also}. Data: {data}."
         )
 
-    def _finding(self, seen: Seen) -> Finding:
+    def _finding(self, seen: Seen, masked: bool) -> Finding:
         check, models = seen.check, self._accumulation.models
         order = (seen.micro_batch, _PHASES.index(check.phase))
         data = self._data(seen.cursor, seen.batch)
@@ -164,6 +166,11 @@ class NonfiniteSearch(Observer):
             return Finding(order, rank, what, -1, "", data, is_input=False)
         modules = dict(seen.model.original.named_modules())
         what, module, is_input = _words(check, seen.model, modules)
+        what = (
+            what.replace("whose inputs are finite", "whose inputs are finite but for -inf, as in a mask")
+            if masked
+            else what
+        )
         return Finding(order, rank, what, models.index(seen.model), module, data, is_input, check.parameter)
 
     def _unfinite_weights(self, finding: Finding) -> list[str]:
@@ -171,8 +178,10 @@ class NonfiniteSearch(Observer):
         bad: list[str] = []
         if finding.model >= 0:
             module = self._accumulation.models[finding.model].original.get_submodule(finding.module)
-            held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            bad = unfinite((f"{finding.module}.{name}" if finding.module else name, value) for name, value in held)
+            before = f"{finding.module}." if finding.module else ""
+            bad = unfinite((before + name, value) for name, value in module.named_parameters(recurse=False))
+            buffers = module.named_buffers(recurse=False)
+            bad += unfinite(((before + name, value) for name, value in buffers), masks=True)
         everyone = collectives.all_gather_objects(bad, self._accumulation.world)
         return list(dict.fromkeys(name for names in everyone for name in names))
 
@@ -185,6 +194,26 @@ class NonfiniteSearch(Observer):
         if indices is None:
             return where
         return f"{where}, samples {_short(indices)}" if indices else f"{where}, a repeated sample of no weight"
+
+
+def _first(seen: Sequence[Seen]) -> tuple[Seen | None, bool]:
+    """Where the first loss or gradient comes from that is not finite, and whether constants of -inf went in before.
+
+    It is the first value of that micro-batch that is not finite, but for such constants.
+    """
+    graded = list(zip(seen, grade([one.check.size for one in seen]), strict=True))
+    reached = next(
+        (one for one, found in graded if found and (one.check.phase == "backward" or one.model is None)), None
+    )
+    if reached is None:
+        return None, False
+    there = [(one, found) for one, found in graded if found and one.micro_batch == reached.micro_batch]
+    masked = False
+    for one, found in there:
+        if found > 1 or one.check.phase == "backward" or one.model is None or one.check.place.needs_gradient:
+            return one, masked
+        masked = True
+    return reached, masked
 
 
 _LOSS = Place(lambda: None, 0, None, "")  # type: ignore[arg-type]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -44,6 +46,31 @@ def stack_of(thread: int) -> list[FrameType]:
     """The frames of a thread, innermost first; none if it has ended. Hold them no longer than needed."""
     frame = sys._current_frames().get(thread)
     return list(_outwards(frame))
+
+
+class Waits:
+    """Counts the calls of one thread in which it waited and that have ended, as far as Linux tells.
+
+    `thread` is its native id; `None` to count nothing: drivers of accelerators wait in ways of their own.
+    """
+
+    def __init__(self, thread: int | None) -> None:
+        self._path = Path(f"/proc/self/task/{thread}/status")
+        self._counts = thread is not None and self._path.exists()
+
+    def ended(self, frames: list[FrameType]) -> int:
+        """How many until now, for a thread that is in a line of the script; else 0.
+
+        What waits inside torch or an installed package (queues of workers, collectives) may wake up again and again.
+        """
+        if not self._counts or not frames or _is_within(frames[0].f_code.co_filename, (*_OURS, *_LIBRARIES)):
+            return 0
+        with contextlib.suppress(OSError):  # the thread has ended
+            for line in self._path.read_text().splitlines():
+                name, _, count = line.partition(":")
+                if name == "voluntary_ctxt_switches":
+                    return int(count)
+        return 0
 
 
 def signature(frames: list[FrameType]) -> tuple[tuple[int, int], ...]:

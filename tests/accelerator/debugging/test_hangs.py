@@ -175,6 +175,20 @@ def test_a_process_that_moves_is_left_alone_and_one_that_left_is_not_watched(ran
     assert ranks(leave_then_wait, nproc=1) == ["alive"]
 
 
+def short_calls_while_another_waits() -> str:
+    accelerator = Accelerator(DDP(device="cpu"), hang_timeout=1, first_step_timeout=1)
+    if accelerator.is_main_process:
+        for _ in range(6):
+            time.sleep(0.5)  # a query, say, and nothing else
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return "alive"
+
+
+def test_no_rank_is_ended_while_one_makes_short_calls(ranks: RankPool) -> None:
+    assert ranks(short_calls_while_another_waits) == ["alive", "alive"]
+
+
 def leave_then_wait() -> str:
     accelerator = Accelerator(DDP(device="cpu"), hang_timeout=1, first_step_timeout=1)
     accelerator.end_training()

@@ -278,6 +278,61 @@ def test_evaluation_before_a_window_is_not_blamed() -> None:
         optimizer.step()
 
 
+class Masked(nn.Module):
+    """Attention under a mask of -inf, and logits that a buffer masks with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(3))
+        self.register_buffer("bias", torch.tensor([0.0, 0.0, 0.0, -torch.inf]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, src_mask=self.mask) + self.bias
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_masks_are_no_finding(broken: bool) -> None:
+    accelerator = Accelerator("cpu", detect_nonfinite=True)
+    model = Masked()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        accelerator.backward(
+            nn.functional.cross_entropy(model(torch.randn(2, 3, 4)).flatten(0, 1), torch.zeros(6).long())
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    if broken:
+        x = torch.randn(2, 3, 4)
+        x[0, 1, 2] = -torch.inf
+        accelerator.backward(nn.functional.cross_entropy(model(x).flatten(0, 1), torch.zeros(6).long()))
+        with pytest.raises(
+            NonfiniteError, match=r"output of attention\S* .*whose inputs are finite but for -inf, as in a"
+        ):
+            optimizer.step()
+
+
+def test_a_forward_that_is_thrown_away_is_no_finding() -> None:
+    accelerator = Accelerator("cpu", detect_nonfinite=True)
+    model = stack()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with accelerator.accumulate(model):
+        model.eval()
+        model(torch.full((2, 4), torch.nan))
+        model.train()
+        accelerator.backward(model(torch.ones(2, 4)).mean())
+        optimizer.step()
+
+
+def test_float16_does_not_hide_a_loss_that_finite_outputs_make_nan() -> None:
+    accelerator = Accelerator("cpu", mixed_precision="fp16", detect_nonfinite=True)
+    model = stack()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.backward(model(torch.ones(2, 4)).float().mean() * torch.nan)
+    with pytest.raises(NonfiniteError, match="in forward: the loss, computed from finite outputs"):
+        optimizer.step()
+
+
 def test_the_loss_is_named_where_the_model_was_finite() -> None:
     accelerator = Accelerator("cpu", detect_nonfinite=True)
     model = stack()
