@@ -24,18 +24,18 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, norm_type: flo
     on every rank. Follows Pascanu et al. 2013, arXiv:1211.5063, section 3.2, as
     `torch.nn.utils.clip_grad_norm_` does.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    held = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in held if parameter.grad is not None]
     if not any(is_sharded(gradient) for gradient in gradients):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
     norm_type = float(norm_type)
     parts = [local(gradient) for gradient in gradients]
     norms = torch._foreach_norm([part if part.numel() else part.new_zeros(1) for part in parts], norm_type)
-    pairs = list(zip(gradients, norms, strict=True))
     if math.isinf(norm_type):
-        total = sum_over_shards(pairs, dist.ReduceOp.MAX)
+        total = sum_over_shards(list(zip(held, norms, strict=True)), dist.ReduceOp.MAX)
     else:
         powers = torch._foreach_pow(norms, norm_type)
-        total = sum_over_shards(list(zip(gradients, powers, strict=True)), dist.ReduceOp.SUM) ** (1.0 / norm_type)
+        total = sum_over_shards(list(zip(held, powers, strict=True)), dist.ReduceOp.SUM) ** (1.0 / norm_type)
     torch._foreach_mul_(parts, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
 

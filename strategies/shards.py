@@ -65,12 +65,14 @@ def copy_whole(full: Tensor, target: Tensor) -> None:
 def sum_over_shards(parts: Sequence[tuple[Tensor, Tensor]], op: dist.ReduceOp.RedOpType) -> Tensor:
     """Reduce one number per tensor, computed from this rank's part of it, to one number for all of them.
 
-    `parts` are pairs of a tensor, which says how it is cut, and a scalar on its device. Tensors that are cut
-    alike share one all-reduce. Collective if any of them is sharded; every rank then gives the same tensors.
+    `parts` are pairs of a parameter, which says how it is cut, and a scalar on its device. Parameters that are cut
+    alike share one all-reduce. Collective if any of them is sharded; every rank then gives the same ones. Not their
+    gradients: DTensor keeps results of operations by equality, so that a gradient may be on an equal mesh of a model
+    that is long gone, on some ranks and not on others.
     """
     by_cut: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
     for tensor, number in parts:
-        cut = (id(tensor.device_mesh), tensor.placements) if is_sharded(tensor) else ()
+        cut = (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else ()
         by_cut.setdefault(cut, []).append((tensor, number))
     totals = []
     for alike in by_cut.values():

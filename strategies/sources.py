@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+import zlib
 from typing import Any
 
 import torch
@@ -221,14 +222,14 @@ class Sources:
             return
         cursor.verified = True
         start = 0 if cursor.cut is None else cursor.cut.start
-        mine = (cursor.seed, cursor.epoch, cursor.index, start, cursor.samples)
-        collectives.meet("the first batch of a pass over a loader", self._world)
-        everyone = collectives.all_gather_integers(mine, self._world)
-        cursor.mean_samples = sum(row[4] for row in everyone) / self._world.size
-        if any(theirs[:4] != everyone[0][:4] for theirs in everyone):
+        place = (cursor.seed, cursor.epoch, cursor.index, start)
+        brought = zlib.crc32(repr(place).encode()) << 31 | cursor.samples  # both in one exchange
+        told = collectives.meet("the first batch of a pass over a loader", self._world, brought)
+        cursor.mean_samples = sum(each % 2**31 for each in told) / self._world.size
+        if any(each >> 31 != told[0] >> 31 for each in told):
             places = "; ".join(
                 f"rank {rank}: epoch {epoch}, batch {index}" + (f" after position {start}" if start else "")
-                for rank, (_, epoch, index, start, _) in enumerate(everyone)
+                for rank, (_, epoch, index, start) in enumerate(collectives.all_gather_objects(place, self._world))
             )
             raise DataError(
                 f"ranks are at different places of the loader over {_describe(cursor)} ({places}). It was iterated to "

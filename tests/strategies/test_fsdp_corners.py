@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from accelerator import Accelerator
 from blocks_net import Block, make_net
 from rank_pool import RankPool
-from strategies import FSDP, PrepareError, StepError
-from strategies.shards import whole
+from strategies import FSDP, PrepareError, StepError, clipping
+from strategies.shards import is_sharded, whole
 
 TABLE = torch.linspace(-1, 1, 24).view(6, 4)
 
@@ -168,6 +170,27 @@ def test_clipping_after_a_second_forward_sees_all_gradients(ranks: RankPool, npr
     net(torch.ones(2, 5)).sum().backward()
     norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0))
     assert ranks(clip_after_a_second_forward, nproc=nproc) == pytest.approx([norm] * nproc, rel=1e-6)
+
+
+def clip_on_an_equal_mesh() -> float:
+    """Rank 0 has a gradient on another mesh than the parameter's, an equal one: DTensor's cache may give it that."""
+    accelerator = Accelerator(FSDP(timeout_seconds=20))
+    model = accelerator.prepare(net := make_net())
+    accelerator.backward(model(torch.ones(2, 5)).sum())
+    sharded = [parameter for parameter in net.parameters() if is_sharded(parameter) and parameter.grad is not None]
+    for parameter in sharded[: 2 if accelerator.is_main_process else 0]:
+        gradient: Any = parameter.grad
+        other = DeviceMesh("cpu", gradient.device_mesh.mesh, mesh_dim_names=("shard",), _init_backend=False)
+        other._dim_group_names = gradient.device_mesh._dim_group_names
+        parameter.grad = DTensor.from_local(gradient.to_local(), other, gradient.placements, run_check=False)
+    norm = clipping.clip_grad_norm(list(net.parameters()), 1.0)
+    accelerator.wait_for_everyone()
+    return float(norm)
+
+
+def test_gradients_on_equal_meshes_are_reduced_as_one(ranks: RankPool) -> None:
+    first, second = ranks(clip_on_an_equal_mesh)
+    assert first == second > 0
 
 
 class Remembering(nn.Linear):
