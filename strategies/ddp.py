@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import gradient_compression
@@ -139,6 +139,16 @@ class DDP(Strategy):
     def discard_gradients(self, wrapped: nn.Module) -> None:
         """What `no_sync` left is in `.grad`; DistributedDataParallel begins each forward anew."""
 
+    def set_open_gradients(self, wrapped: nn.Module, gradients: Mapping[str, Tensor], world: World) -> None:
+        """Set them, and with `find_unused_parameters` also what DistributedDataParallel knows of an open window.
+
+        It keeps in memory which parameters a window has used, and averages no others when it closes.
+        """
+        if self.find_unused_parameters and not self.static_graph and isinstance(wrapped, DistributedDataParallel):
+            named = wrapped.module.named_parameters()
+            _backward_of_zeros(p for name, p in named if name in gradients and p.requires_grad)
+        super().set_open_gradients(wrapped, gradients, world)
+
     def mark_step(self, world: World) -> None:
         """Operations run as they are called."""
 
@@ -180,7 +190,12 @@ def _keep_buckets(wrapped: DistributedDataParallel) -> None:
     if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters):
         return  # the user's own hooks expect gradients of a loss
     wrapped.reducer.prepare_for_backward([])
-    for parameter in reversed(parameters):
-        parameter.expand_as(parameter).backward(torch.zeros_like(parameter))
+    _backward_of_zeros(reversed(parameters))
     for parameter in parameters:
         parameter.grad = None
+
+
+def _backward_of_zeros(parameters: Iterable[nn.Parameter]) -> None:
+    """Have torch see each of `parameters` take part in a backward."""
+    for parameter in parameters:
+        parameter.expand_as(parameter).backward(torch.zeros_like(parameter))

@@ -131,13 +131,14 @@ class ListedCut(Plan):
     counts_samples: bool = True
 
     @property
-    def _together(self) -> int:
+    def together(self) -> int:
+        """Batches of the sampler in one global batch."""
         return 1 if self.split else self.world_size
 
     @property
     def num_batches(self) -> int:
         """Global batches in the rest of the epoch, the same on every rank."""
-        return -(-len(self.sizes) // self._together)
+        return -(-len(self.sizes) // self.together)
 
     def samples(self, batch: int) -> int:
         """Samples in global batch number `batch`, over all ranks."""
@@ -153,11 +154,11 @@ class ListedCut(Plan):
 
     def window_samples(self, first: int, num_batches: int) -> int:
         """Samples in the global batches [first, first + num_batches), as far as the epoch has them."""
-        return sum(self.sizes[first * self._together : (first + num_batches) * self._together])
+        return sum(self.sizes[first * self.together : (first + num_batches) * self.together])
 
     def position_after(self, batch: int) -> int:
         """Batches of the epoch that are used once global batch `batch` is."""
-        return self.start + min((batch + 1) * self._together, len(self.sizes))
+        return self.start + min((batch + 1) * self.together, len(self.sizes))
 
     @property
     def has_ghosts(self) -> bool:
@@ -182,7 +183,7 @@ class ListedBatchSampler(Sampler[list[Any]]):
 
     def __len__(self) -> int:
         """Global batches of a whole epoch, wherever the one at hand began."""
-        return -(-self.order.length // (1 if self.cut.split else self.cut.world_size))
+        return -(-self.order.length // self.cut.together)
 
     def begin(self, epoch: int, start: int) -> ListedCut:
         """Draw the batches of the next pass. Returns its plan."""
@@ -210,9 +211,8 @@ class ListedBatchSampler(Sampler[list[Any]]):
         return batch[begin : begin + each + (rank < more)]
 
     def __iter__(self) -> Iterator[list[Any]]:
-        together = 1 if self.cut.split else self.cut.world_size
         for number in range(self.cut.num_batches):
-            yield self.batch(number) or self._batches[number * together][:1]
+            yield self.batch(number) or self._batches[number * self.cut.together][:1]
 
 
 def _state_of(sampler: Any) -> dict[str, Any]:

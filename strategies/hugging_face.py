@@ -14,7 +14,6 @@ import numpy as np
 
 from . import collectives
 from .errors import DataError
-from .randomness import generators_in
 from .world import World
 
 
@@ -53,7 +52,7 @@ def keeps_its_place(dataset: Any) -> bool:
 
 def draws_of(dataset: Any) -> int:
     """A digest of the generators that the dataset shuffles with: the same where the order is."""
-    held = generators_in([step.__dict__ for step in _steps(getattr(dataset, "_ex_iterable", None))])
+    held = [value for step in _steps(getattr(dataset, "_ex_iterable", None)) for value in vars(step).values()]
     return zlib.crc32(repr([one.bit_generator.state for one in held if isinstance(one, np.random.Generator)]).encode())
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import BuiltinMethodType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType, NoneType
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-_MAX_DEPTH = 4  # a sampler in a batch sampler in one of the user's own; a list of transforms within two datasets
-_MAX_ITEMS = 64  # of a list in which generators are looked for
+_MAX_DEPTH = 4  # a sampler in a batch sampler in one of the user's own
+_MAX_ITEMS = 64  # of a list in which generators are looked for: data have more
+_LEAVES = (str, bytes, int, float, complex, NoneType, type, ModuleType, np.ndarray, torch.Tensor)
 
 
 def derive(*numbers: int) -> int:
@@ -88,22 +90,43 @@ def _ignore(value: object) -> None:
     """Make a function of one that returns something."""
 
 
-def generators_in(holders: Iterable[Any], depth: int = 0, seen: set[int] | None = None) -> Iterator[Any]:
-    """Generators of Python, NumPy and torch that objects keep in attributes, or in short lists and dictionaries."""
-    seen = set() if seen is None else seen
-    for holder in holders:
-        if id(holder) in seen or isinstance(holder, type | ModuleType):
+def generators_in(holders: Iterable[Any]) -> Iterator[Any]:
+    """Generators of Python, NumPy and torch that objects hold, however deep, each once and always in the same order.
+
+    They are looked for in attributes and slots, short lists, tuples and dictionaries, partials, the object of a method,
+    and what a function has closed over. Not in sets, the globals of a function, modules, and classes.
+    """
+    waiting, seen = list(holders)[::-1], set()
+    while waiting:
+        holder = waiting.pop()
+        if id(holder) in seen or isinstance(holder, _LEAVES):
             continue
         seen.add(id(holder))
         if isinstance(holder, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
             yield holder
-        elif depth < _MAX_DEPTH:
-            yield from generators_in(_parts(holder), depth + 1, seen)
+        else:
+            waiting.extend(reversed(_parts(holder)))
 
 
 def _parts(holder: Any) -> list[Any]:
     if isinstance(holder, dict | list | tuple):
         values = list(holder.values()) if isinstance(holder, dict) else list(holder)
         return values if len(values) <= _MAX_ITEMS else []
-    own = getattr(holder, "__self__", None)  # of a method that is the collate function
-    return [*getattr(holder, "__dict__", {}).values(), *([own] if own is not None else [])]
+    if isinstance(holder, CellType):
+        return _attributes(holder, ["cell_contents"])
+    parts = list(getattr(holder, "__dict__", {}).values())
+    if isinstance(holder, FunctionType):
+        return parts + _attributes(holder, ["__closure__", "__defaults__", "__kwdefaults__"])
+    if isinstance(holder, MethodType | BuiltinMethodType):  # a collate function, say
+        return parts + _attributes(holder, ["__self__", "__func__"])
+    if isinstance(holder, functools.partial):
+        return parts + _attributes(holder, ["func", "args", "keywords"])
+    own = [vars(kind) for kind in type(holder).__mro__ if "__slots__" in vars(kind)]
+    slots = [name for names in own for name, value in names.items() if isinstance(value, MemberDescriptorType)]
+    return parts + _attributes(holder, slots)
+
+
+def _attributes(holder: Any, names: Iterable[str]) -> list[Any]:
+    """Those of them that are set."""
+    unset = object()
+    return [value for name in names if (value := getattr(holder, name, unset)) is not unset]

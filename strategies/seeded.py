@@ -22,10 +22,6 @@ from .randomness import derive, generators_in, seed_all, set_states, states
 
 _MASK = 2**64 - 1
 _BATCH = 0x9E3779B97F4A7C15  # tells the seed of a batch from that of its first sample
-_MAX_DEPTH, _MAX_ITEMS = (
-    4,
-    64,
-)  # how far generators are looked for: a list of transforms within a dataset within another
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Weighting:
         self._explicit: bool | None = None
         self._sum: float | Tensor = 0.0
         self._last: float | Tensor = 0.0
+        self._left: float | None = None  # samples that a restored window was still to have
 
     def begin(self, cursor: Cursor | None, steps: int) -> None:
         """Begin a window of at most `steps` micro-batches, the first of which `cursor` holds."""
@@ -60,6 +61,16 @@ class Weighting:
     def leave_plan(self) -> None:
         """Note that the loop takes another micro-batch than was planned; the true sum then decides."""
         self._deferred = True
+
+    def go_on(self, cursor: Cursor | None, steps: int) -> None:
+        """Compare what a restored window was to have with the `steps` micro-batches that it has, from `cursor` on.
+
+        Over another global batch, or with another `drop_last`, they may be other samples; the true sum then decides.
+        """
+        if cursor is None or not cursor.is_planned or cursor.cut is None:
+            return  # micro-batches are counted, or the sum decides anyhow
+        if cursor.cut.window_samples(cursor.index, steps) != self._left:
+            self.leave_plan()
 
     @property
     def has_any(self) -> bool:
@@ -120,17 +131,19 @@ class Weighting:
     def load_state_dict(self, states: Sequence[Mapping[str, Any]], *, counts_micro_batches: bool) -> None:
         """Go on with the states that all ranks had: this rank's, or a share of all where they were more or fewer.
 
-        `counts_micro_batches`: a micro-batch weighs 1 on every rank, however many there are.
+        `counts_micro_batches`: without `weight=` a micro-batch weighs 1 on every rank, however many there are.
         """
         same = len(states) == self._world.size
         mine = states[self._world.rank if same else 0]
         self.unit, self._last, self._explicit = mine["unit"], mine["last"], mine["explicit"]
         self._num_parts, self._reference = mine["num_parts"], mine["reference"]
         self._deferred, self._sum = mine["deferred"], mine["sum"]
+        if self._reference is not None:
+            self._left = self._reference - sum(state["sum"] for state in states)
         if not same:
             self._deferred = any(state["deferred"] for state in states)
             self._sum = sum(state["sum"] for state in states) / self._world.size
-            if counts_micro_batches and self._reference is not None:
+            if counts_micro_batches and not self._explicit and self._reference is not None:
                 scale = self._world.size / len(states)
                 self._reference, self._sum = self._reference * scale, self._sum * scale
 

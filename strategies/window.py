@@ -180,10 +180,8 @@ class Window:
         link = self._expected = mine["loader"]
         self.weighting.load_state_dict([state["weighting"] for state in states], counts_micro_batches=link is None)
         self.closing, self.count, self.steps, self.num_backward = False, mine["count"], mine["steps"], 1
-        left, here = (self.steps - self.count) * mine["global_batch"], self._global_batch(link)
-        self.steps = self.count + -(-left // here)
-        if left % here:  # it ends later than was planned
-            self.weighting.leave_plan()
+        left = (self.steps - self.count) * mine["global_batch"]
+        self.steps = self.count - (-left // self._global_batch(link))
         self._restored = True
         self._become_latest(is_latest=mine["is_latest"])
 
@@ -193,6 +191,7 @@ class Window:
         link = None if cursor is None else self._link(cursor)
         if link is not self._expected or (cursor is not None and cursor.index > 0):
             self.weighting.leave_plan()
+        self.weighting.go_on(cursor, self.steps - self.count)
         self._expected = None
         self._first_index = -1 if cursor is None else cursor.index - self.count
 
@@ -202,9 +201,7 @@ class Window:
 
     def _global_batch(self, link: DataLoaderLink | None) -> int:
         """Samples, or batches of a batch sampler, in one micro-batch over all ranks; 1 where nobody can know."""
-        if link is None:
-            return 1
-        return link.global_batch_size or self.accumulation.world.size
+        return 1 if link is None else link.global_stride
 
     def _check_forward(self) -> None:
         """Ranks synchronise one backward per forward of the prepared model; the gradient of others would stay local."""

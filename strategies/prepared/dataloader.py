@@ -82,6 +82,13 @@ class DataLoaderLink:
         """The epoch of the pass that was begun last; of the one to come before the first, and after a load."""
         return self._last.epoch if self._last is not None else self._begin.epoch
 
+    @property
+    def global_stride(self) -> int:
+        """How far one full batch over all ranks moves the position: samples, items or batches of a batch sampler."""
+        if isinstance(self.source, ListedBatchSampler):
+            return self.source.cut.together
+        return self.global_batch_size or self.accumulation.world.size
+
     def state_dict(self) -> dict[str, Any]:
         """The position after the batches that the loop has taken. Collective for a stream on several ranks."""
         source, last, position = self.source, self._last, self._next_begin()

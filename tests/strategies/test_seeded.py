@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, WeightedRandomSampler, get_worker_info
 
 from accelerator import Accelerator
 from datasets_of_numbers import Numbers, Stream
 from rank_pool import RankPool
 from strategies import DataError
+from strategies.randomness import generators_in
 from strategies.seeded import sample_seed
 
 Row = tuple[float, ...]
@@ -78,6 +81,77 @@ def test_draws_are_the_same_with_any_workers_and_ranks_and_after_a_resume(ranks:
     before, _, state = epochs(Noisy, 0, stop=8)
     after, drawn_after, _ = epochs(Noisy, 1, 1, state)
     assert (before + after, drawn_after) == (rows, drawn[8:])
+
+
+class Compose:
+    def __init__(self, *transforms: Any) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(self, x: Any) -> Any:
+        return functools.reduce(lambda value, transform: transform(value), self.transforms, x)
+
+
+@dataclass(slots=True)
+class Jitter:
+    rng: Any
+
+    def __call__(self, x: float) -> float:
+        return x + float(self.rng.random())
+
+
+def jitter_with(rng: random.Random) -> Any:
+    return lambda x: x + rng.random()
+
+
+def drawing(draw: Any) -> Any:
+    def default(x: float, draw: Any = draw) -> float:
+        return x + float(draw())
+
+    return default
+
+
+def add(x: float, *, rng: random.Random) -> float:
+    return x + rng.random()
+
+
+class Transformed(Numbers):
+    def __init__(self, transform: Any) -> None:
+        super().__init__(8)
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> float:
+        return float(self.transform(float(index)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Jitter(random.Random()),
+        lambda: jitter_with(random.Random()),
+        lambda: functools.partial(add, rng=random.Random()),
+        lambda: Jitter(np.random.default_rng()).__call__,
+        lambda: drawing(random.Random().random),
+    ],
+)
+def test_generators_are_found_however_deep(make: Any) -> None:
+    def rows(workers: int) -> list[float]:
+        transform = Compose(Compose(make()))
+        dataset: Any = Subset(Subset(Subset(Transformed(transform), range(8)), range(8)), range(8))
+        options: Any = {"num_workers": workers, "multiprocessing_context": "fork"} if workers else {}
+        accelerator = Accelerator(strategy="cpu", seed=0, seed_samples=True)
+        loader = accelerator.prepare(DataLoader(dataset, batch_size=4, **options))
+        return [value for batch in loader for value in batch.tolist()]
+
+    assert rows(0) == rows(1) == rows(0)
+
+
+def test_a_generator_held_in_two_places_is_found_once() -> None:
+    held = Jitter(random.Random())
+    deep: Any = held
+    for _ in range(2000):
+        deep = [deep]
+    first = random.Random()
+    assert list(generators_in([[first], deep, held, {"data": [first] * 65}])) == [first, held.rng]
 
 
 def states() -> list[Any]:
