@@ -40,6 +40,17 @@ def meet(call: str, world: World, value: int = 0) -> list[int]:
     return [row[1] for row in rows]
 
 
+def meet_alike(call: str, arguments: str, world: World) -> None:
+    """Return once all ranks are in the same `call` with the same `arguments`, which are here as text.
+
+    Raises `CollectiveError`, on every rank, naming the calls or the arguments if they differ.
+    """
+    digests = meet(call, world, _digest(arguments))
+    if any(digest != digests[0] for digest in digests):
+        brought = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(all_gather_objects(arguments, world)))
+        raise CollectiveError(f"ranks gave {call} different arguments ({brought}). Call it alike on all of them.")
+
+
 def all_gather_integers(values: Sequence[int], world: World) -> list[tuple[int, ...]]:
     """Every rank's `values`, in rank order. All ranks give equally many, each within 64 bits."""
     mine = tuple((value + 2**63) % 2**64 - 2**63 for value in values)

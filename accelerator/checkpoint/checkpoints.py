@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from strategies import collectives
 from strategies.accumulation import Accumulation
 from strategies.errors import PrepareError, StateError
 
@@ -64,20 +65,21 @@ class Checkpoints:
 
     def save(self, path: Path | None, *, metrics: Mapping[str, float] | None, keep: Keep, in_background: bool) -> Path:
         """Write a checkpoint, after the one that may still be written; see `Accelerator.save_state`."""
+        self._meet("save_state", path, f"async_={in_background}, {keep}")
         self.wait()
         target = path if path is not None else self.folder / folders.name_of(self.step)
+        beside = path is None or keep.deletes
         about = {**self._about, "step": self.step, "metrics": _numbers(metrics or {})}
         draft = saving.collect(self._accumulation, self._registered, about, self._peers)
         verdict = self._watched().judge(keep.healthy_after) if keep.deletes else Verdict()
         if not in_background:
-            self._finish(draft, target.absolute(), keep, verdict, self._peers)
+            self._finish(draft, target.absolute(), beside, keep, verdict, self._peers)
         else:
             draft = draft.staged(self._staging)
             self._staging = draft.tensors
             peers = Peers(self._accumulation.world, self._own_group())
-            self._in_flight = threading.Thread(
-                target=self._finish_later, args=(draft, target.absolute(), keep, verdict, peers), name="save_state"
-            )
+            arguments = (draft, target.absolute(), beside, keep, verdict, peers)
+            self._in_flight = threading.Thread(target=self._finish_later, args=arguments, name="save_state")
             self._in_flight.start()
         if self._health is not None:
             self._health.saved(target.name)
@@ -97,6 +99,7 @@ class Checkpoints:
 
     def load(self, path: Path) -> None:
         """Load one checkpoint."""
+        self._meet("load_state", path)
         self.wait()
         path = path.absolute()
         self._load(path, loading.verified(path, self._peers))
@@ -120,7 +123,8 @@ class Checkpoints:
         self.wait()
 
     def resume(self) -> Path | None:
-        """Load the newest that is whole, if there is any."""
+        """Load the one written last of those that are whole, if there is any."""
+        self._meet("resume", None)
         self.wait()
         found = loading.newest(self.folder.absolute(), self._peers)
         if found is not None:
@@ -130,6 +134,14 @@ class Checkpoints:
     def _load(self, path: Path, manifest: dict[str, Any]) -> None:
         loading.load(path, manifest, self._accumulation, self._registered, self._peers)
         self._loaded = path.name
+        self._timetable.loaded(self.step)
+        if self._health is not None:
+            self._health.loaded(path.name)
+
+    def _meet(self, call: str, path: Path | None, options: str = "") -> None:
+        """Go on once all ranks are in the same call with the same arguments. Raises `CollectiveError` if not."""
+        place = path if path is not None else self._project_dir
+        collectives.meet_alike(call, f"{place and place.absolute()} {options}".rstrip(), self._accumulation.world)
 
     def _watched(self) -> Health:
         if self._health is None:
@@ -139,8 +151,8 @@ class Checkpoints:
             self._accumulation.observers.append(self._health)
         return self._health
 
-    def _finish(self, draft: Draft, target: Path, keep: Keep, verdict: Verdict, peers: Peers) -> None:
-        saving.write(draft, target, peers)
+    def _finish(self, draft: Draft, target: Path, beside: bool, keep: Keep, verdict: Verdict, peers: Peers) -> None:
+        saving.write(draft, target, peers, beside=beside)
         if keep.deletes:
             good = frozenset.intersection(*(one.good for one in peers.gather(verdict)))
             peers.on_main(lambda: retention.delete(target, keep, replace(verdict, good=good)))

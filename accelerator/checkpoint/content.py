@@ -6,12 +6,13 @@ of `prepare` counts only among objects that are called alike, such as two models
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from strategies.accumulation import Accumulation
 from strategies.errors import StateError, listed
@@ -19,6 +20,7 @@ from strategies.shards import cut_like, is_sharded
 
 from .encode import decode, encode, names_of_tensors
 
+_log = logging.getLogger("accelerator")
 Index = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
@@ -70,8 +72,10 @@ class Content:
     def _of_model(self, name: str, link: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
         extra = {}
         seen: set[int] = set()
-        for key, value in link.original.state_dict(keep_vars=True).items():
-            if not isinstance(value, Tensor):
+        state = link.original.state_dict(keep_vars=True)
+        live = _live(link.original)
+        for key, value in state.items():
+            if id(value) not in live:
                 extra[key] = encode(value, f"model/{name}/{key}", tensors)
             elif id(value) not in seen:  # tied weights once
                 seen.add(id(value))
@@ -134,7 +138,8 @@ class Content:
                 seen.add(id(value))
                 here[key] = value.shape
         wrong = _differing(f"tensors of {name}", saved, here)
-        reshaped = [key for key in saved.keys() & here.keys() if saved[key] != here[key]]
+        own = _names_of_weights(self.models[name].original)  # what a module adds to these may change its shape
+        reshaped = [key for key in saved.keys() & here.keys() & own if saved[key] != here[key]]
         if reshaped:
             shapes = [f"{key} is {tuple(saved[key])} and should be {tuple(here[key])}" for key in sorted(reshaped)]
             wrong.append(f"other shapes in {name}: {listed(shapes)}")
@@ -144,9 +149,12 @@ class Content:
         """The tensors to be read: those of the models in their place, others new, cut as their parameter is."""
         targets: dict[str, Tensor] = {}
         for name, link in self.models.items():
-            for key, value in link.original.state_dict(keep_vars=True).items():
-                if f"model/{name}/{key}" in index and isinstance(value, Tensor):
-                    targets[f"model/{name}/{key}"] = value.detach()
+            values = link.original.state_dict(keep_vars=True)
+            live = _live(link.original)
+            for key, value in values.items():
+                tensor = f"model/{name}/{key}"
+                if tensor in index and isinstance(value, Tensor):
+                    targets[tensor] = value.detach() if id(value) in live else _like(value, *index[tensor])
         for name, link in self.optimizers.items():
             parameters = {self._parameter_names(link)[id(p)]: p for p in link.parameters()}
             for parameter_name, values in state["optimizers"][name]["state"].items():
@@ -163,7 +171,7 @@ class Content:
         for name, link in self.models.items():
             extra = {key: decode(value, tensors) for key, value in state["models"][name]["extra"].items()}
             if extra:
-                link.original.load_state_dict(extra, strict=False)
+                _load_beside(name, link.original, extra)
         for name, link in self.optimizers.items():
             self._apply_optimizer(link, state["optimizers"][name], tensors)
         for name, link in self.schedulers.items():
@@ -190,6 +198,27 @@ class Content:
                     link.original.state[parameter] = values
         link.num_steps = saved["num_steps"]
         link.last_call = "none"
+
+
+def _live(model: nn.Module) -> set[int]:
+    """The parameters and buffers themselves; any other tensor in a state dict is of a module's own making."""
+    return {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+
+def _names_of_weights(model: nn.Module) -> set[str]:
+    pairs = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name for name, _ in pairs}
+
+
+def _load_beside(name: str, model: nn.Module, extra: Mapping[str, Any]) -> None:
+    """Give the modules what they added to their state dict themselves, beside the weights, which are in place."""
+    unfit = model.load_state_dict({**model.state_dict(), **extra}, strict=False)
+    if unfit.missing_keys or unfit.unexpected_keys:
+        _log.warning(
+            "%s: load_state_dict() of the model takes other keys than its state_dict() gives; not restored: %s",
+            name,
+            listed(sorted((*unfit.missing_keys, *unfit.unexpected_keys))),
+        )
 
 
 def _like(parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

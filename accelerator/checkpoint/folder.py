@@ -48,16 +48,26 @@ def step_of(folder: Path) -> int | None:
 
 
 def newest_first(parent: Path) -> list[Path]:
-    """The checkpoints below `parent`, by their names, the newest first. Whether they are whole is not looked at."""
+    """The checkpoints below `parent`, the one written last first. Whether they are whole is not looked at.
+
+    The time counts, not the step: after going back, a run writes lower steps than those that it has abandoned.
+    """
     if not parent.is_dir():
         return []
     found = [path for path in parent.iterdir() if step_of(path) is not None and path.is_dir()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    return sorted(found, key=lambda path: (_written_at(path), path.name), reverse=True)
 
 
-def hidden_beside(target: Path) -> Path:
-    """Where the files of `target` are written until it is whole."""
-    return target.with_name(_HIDDEN + target.name)
+def _written_at(path: Path) -> float:
+    try:
+        return float(json.loads((path / MANIFEST).read_text())["time"])
+    except (OSError, ValueError, KeyError, TypeError):  # a broken one
+        return path.stat().st_mtime
+
+
+def hidden_beside(target: Path, token: str) -> Path:
+    """Where the files of `target` are written until it is whole; `token` tells this attempt from all others."""
+    return target.with_name(f"{_HIDDEN}{target.name}.{token}")
 
 
 def entry_of(path: Path) -> FileEntry:
@@ -84,7 +94,7 @@ def commit(hidden: Path, target: Path, files: Mapping[str, FileEntry], about: Ma
     """Write the manifest of the files in `hidden`, and put the folder in its place as `target`. One rank calls it."""
     listed = {name: {"size": entry.size, "xxh3_128": entry.digest} for name, entry in sorted(files.items())}
     body = {"format": FORMAT, **about, "files": listed}
-    text = json.dumps({**body, "digest": _digest_of(body)}, indent=1)
+    text = json.dumps({**body, "digest": digest_of(body)}, indent=1)
     manifest = hidden / MANIFEST
     manifest.write_text(text)
     flush(manifest)
@@ -109,7 +119,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         read = json.loads(path.read_text())
         body = {key: value for key, value in read.items() if key != "digest"}
-        good = read["digest"] == _digest_of(body)
+        good = read["digest"] == digest_of(body)
         files, version = body["files"], body["format"]
         well_formed = all(_is_plain(name) and {"size", "xxh3_128"} <= entry.keys() for name, entry in files.items())
     except FileNotFoundError:
@@ -143,19 +153,29 @@ def what_is_wrong(folder: Path, manifest: Mapping[str, Any], rank: int = 0, size
     return wrong
 
 
-def bring_back(parent: Path) -> None:
-    """Undo the first half of an exchange that was killed in the middle: the older one of a step is all there is."""
+def bring_back(parent: Path, name: str | None = None) -> None:
+    """Undo the first half of an exchange that was killed in the middle: the older one of a step is all there is.
+
+    Of `name`, or of every step.
+    """
     for old in parent.glob(f"{_OLD}*"):
         target = old.with_name(old.name.removeprefix(_OLD))
-        if not target.exists() and (old / MANIFEST).exists():
+        if _is_one(target.name, name) and not target.exists() and (old / MANIFEST).exists():
             old.rename(target)
 
 
-def clear_up(parent: Path) -> None:
-    """Delete what saves that were killed have left. To be called by the only writer."""
-    bring_back(parent)
-    for left in [*parent.glob(f"{_HIDDEN}*"), *parent.glob(f"{_OLD}*")]:
-        shutil.rmtree(left, ignore_errors=True)
+def clear_up(parent: Path, name: str | None = None) -> None:
+    """Delete what killed saves of `name` have left, or of every step. To be called by the only writer of those."""
+    bring_back(parent, name)
+    left = [(path, path.name.removeprefix(_OLD)) for path in parent.glob(f"{_OLD}*")]
+    left += [(path, path.name.removeprefix(_HIDDEN).rpartition(".")[0]) for path in parent.glob(f"{_HIDDEN}*")]
+    for path, of in left:
+        if _is_one(of, name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_one(of: str, name: str | None) -> bool:
+    return of == name if name is not None else _NAME.fullmatch(of) is not None
 
 
 def remove(folder: Path) -> None:
@@ -173,5 +193,6 @@ def _is_plain(name: str) -> bool:
     return bool(parts) and not Path(name).is_absolute() and ".." not in parts
 
 
-def _digest_of(body: Mapping[str, Any]) -> str:
+def digest_of(body: Mapping[str, Any]) -> str:
+    """What a manifest, and so every file that it names, is known by."""
     return xxhash.xxh3_128(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -24,16 +24,23 @@ _log = logging.getLogger("accelerator")
 
 
 def newest(parent: Path, peers: Peers) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint below `parent` that is whole, and its manifest; `None` if there is none. Collective.
+    """The checkpoint below `parent` written last of those that are whole, and its manifest. Collective.
 
-    Warns of those that are not. Raises `StateError` if there are some, and none is whole.
+    `None` if there is none. Warns of those that are not whole, and where another has a higher step. Raises `StateError`
+    if there are some, and none is whole.
     """
     peers.on_main(lambda: folders.bring_back(parent))
     here = [path.name for path in folders.newest_first(parent)] if peers.world.is_main else []
-    reasons = []
-    for name in peers.gather(here)[0]:
+    reasons: list[str] = []
+    names = peers.gather(here)[0]
+    for name in names:
         try:
-            return parent / name, verified(parent / name, peers)
+            manifest = verified(parent / name, peers)
+            if peers.world.is_main and max(names) > name and not reasons:
+                _log.warning(
+                    "taking %s, which was written last, although there is %s, written before", name, max(names)
+                )
+            return parent / name, manifest
         except StateError as error:
             reasons.append(str(error))
             if peers.world.is_main:
@@ -47,6 +54,12 @@ def verified(path: Path, peers: Peers) -> dict[str, Any]:
     """The manifest of a checkpoint every file of which is as it was written; each rank looks at a part. Collective."""
     world = peers.world
     manifest = peers.together(lambda: folders.read_manifest(path))
+    places = peers.gather((str(path), folders.digest_of(manifest)))
+    if len({digest for _, digest in places}) > 1:
+        raise StateError(
+            f"ranks see other checkpoints in {sorted({place for place, _ in places})}. Give all ranks the same path, "
+            "on a disk that all machines share."
+        )
     wrong = peers.together(lambda: folders.what_is_wrong(path, manifest, world.rank, world.size))
     everywhere = [item for part in peers.gather(wrong) for item in part]
     if everywhere:

@@ -75,21 +75,27 @@ class Timetable:
         self.signals = Signals()
         self.preempted = False  # agreed: a signal arrived on some rank
         self._saved_since = False  # a checkpoint was written since
-        self._saved_step = -1
+        self._asked_step = 0  # for which one was due by steps, saved or loaded, last
         self._saved_at = self._talked_at = clock()
         self._calls = 0
         self._calls_until_talk = 1
 
     def saved(self, step: int) -> None:
         """A checkpoint is on its way."""
-        self._saved_step, self._saved_at, self._saved_since = step, self._clock(), self.preempted
+        self._asked_step, self._saved_at, self._saved_since = step, self._clock(), self.preempted
+
+    def loaded(self, step: int) -> None:
+        """The run goes on from a checkpoint of this step."""
+        self._asked_step, self._saved_at = step, self._clock()
 
     def due(self, step: int, *, every_steps: int | None, every_minutes: float | None) -> bool:
         """Whether one is due at this step. Collective: every rank calls it at every step."""
         for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes)):
             if value is not None and value <= 0:
                 raise ConfigurationError(f"{name} is {value}; expected a number above 0")
-        due = every_steps is not None and step % every_steps == 0 and step not in (0, self._saved_step)
+        due = every_steps is not None and step // every_steps > self._asked_step // every_steps
+        if due:  # once for each multiple, also for one that was passed between two calls
+            self._asked_step = step
         self._calls += 1
         if self._calls >= self._calls_until_talk:
             due |= self._talk(every_minutes)
@@ -103,7 +109,7 @@ class Timetable:
             return late
         pace = max(now - self._talked_at, 1e-9) / self._calls
         calls = min(max(int(_SECONDS_BETWEEN_TALKS / pace), 1), _MOST_CALLS_BETWEEN_TALKS)
-        rows = collectives.all_gather_integers([int(self.signals.received), int(late), calls], self._world)
-        self.preempted |= any(row[0] for row in rows)
-        self._talked_at, self._calls, self._calls_until_talk = now, 0, rows[0][2]
-        return bool(rows[0][1])
+        said = collectives.meet("checkpoint_due", self._world, calls << 2 | late << 1 | self.signals.received)
+        self.preempted |= any(one & 1 for one in said)
+        self._talked_at, self._calls, self._calls_until_talk = now, 0, said[0] >> 2
+        return bool(said[0] & 2)

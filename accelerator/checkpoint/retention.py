@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,14 +61,22 @@ class Verdict:
     waiting: tuple[str, ...] = ()
 
 
+@dataclass
+class _Waiting:
+    """A checkpoint that is not judged yet: the updates before it, and the first bad one between it and the next."""
+
+    name: str
+    before: int
+    first_bad: Tensor | None = None
+
+
 class Health(Observer):
     """Counts updates, and notes on the device, without waiting for it, which was the first with a loss not finite."""
 
     def __init__(self) -> None:
         self._num_updates = 0
         self._losses: Tensor | None = None  # of the window at hand; their sum is finite if all of them are
-        self._first_bad: Tensor | None = None
-        self._waiting: list[tuple[str, int]] = []  # checkpoints, and the updates that there were before
+        self._waiting: list[_Waiting] = []
 
     def backward_ended(self, window: Window, loss: Tensor) -> None:
         """Add the loss to those of its window."""
@@ -80,30 +88,38 @@ class Health(Observer):
         if not taken or self._losses is None:
             return
         self._num_updates += 1
-        now = torch.full_like(self._losses, self._num_updates)
-        never = torch.full_like(self._losses, torch.inf)
-        bad = torch.where(self._losses.isfinite(), never, now)
-        self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
+        if self._waiting:
+            newest = self._waiting[-1]
+            now = torch.full_like(self._losses, self._num_updates)
+            never = torch.full_like(self._losses, torch.inf)
+            bad = torch.where(self._losses.isfinite(), never, now)
+            newest.first_bad = bad if newest.first_bad is None else torch.minimum(newest.first_bad, bad)
         self._losses = None
 
     def saved(self, name: str) -> None:
-        """A checkpoint was written, or loaded: what follows tells whether it is good."""
-        self._waiting.append((name, self._num_updates))
+        """A checkpoint was written: what follows tells whether it is good, and not whether one is that it replaced."""
+        for replaced in self._waiting:
+            replaced.name = replaced.name if replaced.name != name else ""
+        self._waiting.append(_Waiting(name, self._num_updates))
+
+    def loaded(self, name: str) -> None:
+        """The run goes on from this one: what follows says nothing of others."""
+        self._waiting = [_Waiting(name, self._num_updates)]
 
     def judge(self, steps: int) -> Verdict:
         """Look at what followed each checkpoint on this rank. Waits for the device."""
-        first_bad = float(self._first_bad) if self._first_bad is not None else float("inf")
-        self._first_bad = None
         good, waiting = [], []
-        for name, before in self._waiting:
-            if first_bad - before <= steps:
+        first_bad = float("inf")
+        for one in reversed(self._waiting):
+            first_bad = min(first_bad, float(one.first_bad) if one.first_bad is not None else first_bad)
+            if first_bad - one.before <= steps:
                 continue
-            if self._num_updates - before >= steps:
-                good.append(name)
+            if self._num_updates - one.before >= steps:
+                good.append(one.name)
             else:
-                waiting.append((name, before))
-        self._waiting = waiting
-        return Verdict(frozenset(good), tuple(name for name, _ in waiting))
+                waiting.append(one)
+        self._waiting = waiting[::-1]
+        return Verdict(frozenset(good) - {""}, tuple(one.name for one in self._waiting if one.name))
 
 
 def delete(newest: Path, keep: Keep, verdict: Verdict) -> None:
@@ -113,12 +129,13 @@ def delete(newest: Path, keep: Keep, verdict: Verdict) -> None:
     checkpoints that look whole are counted, and only those are deleted.
     """
     parent = newest.parent
-    known = _note_good(parent, verdict.good)
     whole: list[tuple[Path, int, Any]] = []
     for path in folders.newest_first(parent):
-        with_manifest = _manifest_if_whole(path) if path.name <= newest.name else None
+        with_manifest = _manifest_if_whole(path)
         if with_manifest is not None:
             whole.append((path, folders.step_of(path) or 0, with_manifest))
+    digests = {path.name: folders.digest_of(body) for path, _, body in whole}
+    known = _note_good(parent, verdict.good - {newest.name}, digests)  # what had its name before was judged
     kept = {path for path, _, _ in whole[: keep.last or 1]}
     kept |= {path for path, step, _ in whole if keep.every is not None and step % keep.every == 0}
     kept |= set([path for path, _, _ in whole if path.name in known][:1])
@@ -143,16 +160,16 @@ def _manifest_if_whole(path: Path) -> dict[str, Any] | None:
     return manifest if sizes else None
 
 
-def _note_good(parent: Path, good: Iterable[str]) -> set[str]:
-    """Checkpoints known to be good, in this run and the ones before it."""
+def _note_good(parent: Path, good: Iterable[str], digests: Mapping[str, str]) -> set[str]:
+    """Checkpoints known to be good, in this run and the ones before it; noted by digest, since names are used again."""
     path = parent / _HEALTHY
     try:
-        before = set(json.loads(path.read_text()))
+        before = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        before = set()
-    known = before | set(good)
+        before = {}
+    known = {name: digest for name, digest in digests.items() if name in good or before.get(name) == digest}
     if known != before:
         temporary = parent / f"{_HEALTHY}.new"
-        temporary.write_text(json.dumps(sorted(name for name in known if (parent / name).is_dir())))
+        temporary.write_text(json.dumps(known))
         os.replace(temporary, path)
-    return known
+    return set(known)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,21 +55,25 @@ def collect(accumulation: Accumulation, registered: Sequence[Any], about: dict[s
     return Draft(state, found, about)
 
 
-def write(draft: Draft, target: Path, peers: Peers) -> None:
+def write(draft: Draft, target: Path, peers: Peers, *, beside: bool) -> None:
     """Put the files of a draft into place as `target`, all or none. Collective.
 
-    Raises `StateError` on every rank if any of them fails; what was there before is then untouched.
+    `beside` says that this job alone may write other checkpoints beside it. Raises `StateError` on every rank if any
+    of them fails; what was there before is then untouched.
     """
     world = peers.world
-    hidden = folders.hidden_beside(target)
+    token, place = peers.gather((uuid.uuid4().hex, str(target)))[0]
+    hidden = folders.hidden_beside(target, token)
     with contextlib.ExitStack() as stack:
-        peers.together(lambda: stack.enter_context(_only_writer(target.parent, world)))
+        peers.together(lambda: stack.enter_context(_only_writer(target, beside)) if world.is_main else None)
         try:
-            peers.on_main(lambda: _make(hidden))
+            peers.on_main(hidden.mkdir)
+            peers.together(lambda: _find(hidden, place))
             tensors.write(draft.tensors, hidden / TENSORS, world, peers.group)
             peers.on_main(lambda: (hidden / STATE).write_text(json.dumps(draft.state)))
             entries = peers.gather(peers.together(lambda: _digests(hidden, world)))
             listed = {name: entry for part in entries for name, entry in part.items()}
+            peers.on_main(lambda: _check_complete(hidden, listed))
             peers.on_main(lambda: folders.commit(hidden, target, listed, draft.about))
         except BaseException:
             if world.is_main:
@@ -76,24 +82,48 @@ def write(draft: Draft, target: Path, peers: Peers) -> None:
 
 
 @contextlib.contextmanager
-def _only_writer(parent: Path, world: World) -> Iterator[None]:
-    """Hold the lock of a folder of checkpoints while one is written. Raises `StateError` if another job has it."""
-    if not world.is_main:
-        yield
-        return
+def _only_writer(target: Path, beside: bool) -> Iterator[None]:
+    """Hold the lock of `target`, and with `beside` that of its folder. Raises `StateError` if another job has one."""
+    parent = target.parent
     parent.mkdir(parents=True, exist_ok=True)
-    with (parent / LOCK).open("w") as file:
+    own = parent / f"{LOCK}-{target.name}"
+    with contextlib.ExitStack() as stack:
+        if beside:
+            _lock(stack, parent / LOCK, f"into {str(parent)!r}")
+        _lock(stack, own, f"to {str(target)!r}")
+        stack.callback(lambda: own.unlink(missing_ok=True))  # while it is held
+        folders.clear_up(parent, None if beside else target.name)
+        yield
+
+
+def _lock(stack: contextlib.ExitStack, path: Path, where: str) -> None:
+    while True:
+        file = stack.enter_context(path.open("w"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StateError(f"another job is writing a checkpoint into {str(parent)!r}; give each its own") from None
-        folders.clear_up(parent)
-        yield
+            raise StateError(f"another job is writing a checkpoint {where}; give each its own") from None
+        with contextlib.suppress(FileNotFoundError):  # deleted by the job that had it before
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return
 
 
-def _make(hidden: Path) -> None:
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir()
+def _find(hidden: Path, place: str) -> None:
+    """Raise `StateError` unless this rank sees the folder that rank 0 has made."""
+    if not hidden.is_dir():
+        here = str(hidden.parent)
+        raise StateError(
+            f"the folder in which rank 0 writes {place!r} is not there for this rank, in {here!r}. Give all ranks the "
+            "same path, on a disk that all machines share."
+        )
+
+
+def _check_complete(hidden: Path, listed: Mapping[str, folders.FileEntry]) -> None:
+    """Raise `StateError` if files of the index were not seen by the rank that had to read them."""
+    missing = sorted(f"{TENSORS}/{name}" for name in tensors.files_of(hidden / TENSORS))
+    missing = [name for name in missing if name not in listed]
+    if missing:
+        raise StateError(f"not all ranks see the files of {str(hidden)!r}: {', '.join(missing[:5])}")
 
 
 def _digests(hidden: Path, world: World) -> dict[str, folders.FileEntry]:

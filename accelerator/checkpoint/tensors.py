@@ -139,6 +139,11 @@ def index_of(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (item.size, item.properties.dtype) for name, item in metadata.state_dict_metadata.items()}
 
 
+def files_of(folder: Path) -> set[str]:
+    """The names of the files that the index of the folder needs."""
+    return {place.relative_path for place in (_reader(folder).read_metadata().storage_data or {}).values()}
+
+
 def _reader(folder: Path) -> Any:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata

@@ -74,6 +74,13 @@ def test_steps_and_minutes() -> None:
     assert due == [4, 5, 9, 10]
 
 
+def test_a_multiple_passed_between_two_calls_is_due_once() -> None:
+    timetable = Timetable(World())
+    assert [n for n in range(0, 60, 3) if timetable.due(n, every_steps=10, every_minutes=None)] == [12, 21, 30, 42, 51]
+    timetable.loaded(45)
+    assert [n for n in range(46, 60) if timetable.due(n, every_steps=10, every_minutes=None)] == [50]
+
+
 def agree(size: int) -> list[bool]:
     """Rank 0's clock decides, and ranks talk only now and then."""
     accelerator = Accelerator(DDP())

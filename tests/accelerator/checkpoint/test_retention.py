@@ -24,7 +24,7 @@ class Run:
     """Takes steps whose loss is what it is told, and saves after each."""
 
     def __init__(self, folder: Path, strategy: Any = None) -> None:
-        self.accelerator = Accelerator(strategy or CPU(), project_dir=folder)
+        self.accelerator = Accelerator(strategy or CPU(), project_dir=folder, timers=False)
         net = nn.Linear(4, 300)
         self.model, self.optimizer = self.accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.0))
         self.folder = folder / "checkpoints"
@@ -71,6 +71,33 @@ def test_the_last_that_finite_steps_followed_is_never_deleted(tmp_path: Path) ->
     again.accelerator.resume()
     assert again.steps([bad, bad], keep_last=1, healthy_after=2) == [2, 9]
     assert again.steps([1.0, 1.0, 1.0, 1.0], keep_last=1, healthy_after=2) == [11, 12, 13]
+
+
+def test_a_step_written_again_is_not_known_to_be_good(tmp_path: Path) -> None:
+    bad = float("nan")
+    assert Run(tmp_path).steps([1.0] * 4, keep_last=3, healthy_after=1) == [2, 3, 4]  # 2 and 3 are known to be good
+    back = Run(tmp_path)
+    back.accelerator.load_state(back.folder / "step-000000002")
+    assert back.steps([bad, bad, bad], keep_last=1, healthy_after=1) == [2, 5]  # 3 is now of the bad run
+
+
+def test_one_saved_after_the_first_bad_step_is_judged_by_what_follows_it(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.steps([1.0], keep_last=1, healthy_after=2)
+    run.step(float("nan"))
+    run.steps([1.0])
+    assert run.steps([1.0, 1.0], keep_last=1, healthy_after=2) == [3, 4, 5]
+
+
+def test_going_back_is_not_undone_by_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Run(tmp_path).steps([1.0] * 4)
+    back = Run(tmp_path)
+    back.accelerator.load_state(back.folder / "step-000000001")
+    back.steps([1.0])
+    again = Run(tmp_path)
+    assert again.accelerator.resume() == again.folder.absolute() / "step-000000002"
+    assert "taking step-000000002, which was written last, although there is step-000000004" in caplog.text
+    assert again.steps([1.0], keep_last=2, healthy_after=1) == [2, 3]  # what was abandoned is older, and goes
 
 
 def test_broken_ones_are_not_counted(tmp_path: Path) -> None:
@@ -143,7 +170,7 @@ def test_what_a_kill_left_is_cleared_up_or_brought_back(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.steps([1.0, 1.0])
     (run.folder / "step-000000002").rename(run.folder / ".old-step-000000002")  # killed between two renames
-    (run.folder / ".writing-step-000000003").mkdir()
+    (run.folder / ".writing-step-000000003.0").mkdir()
     again = Run(tmp_path)
     assert again.accelerator.resume() == run.folder.absolute() / "step-000000002"
     again.steps([1.0])
