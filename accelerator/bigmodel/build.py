@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from strategies.deferred_init import record, recording_of
 from strategies.errors import PrepareError
 from strategies.recording import Recording, default_dtype
+
+_OF_MODULES = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
 @contextmanager
@@ -43,7 +46,10 @@ def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
             handle.remove()
     known: dict[int, Tensor] = {}
     for module in modules.values():
-        _make_real(vars(module), known, recording)  # tensors that are no buffers: nothing could ever fill them
+        # Tensors that are no buffers, also in lists and dictionaries: nothing could ever fill them.
+        plain = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
+        _make_real_within(plain, known, recording, set())
+        vars(module).update(plain)
         if not include_buffers:
             _make_real(module._buffers, known, recording)
 
@@ -53,6 +59,22 @@ def fill_buffers(model: nn.Module) -> None:
     known: dict[int, Tensor] = {}
     for module in model.modules():
         _make_real(module._buffers, known)
+
+
+def _make_real_within(item: Any, known: dict[int, Tensor], recording: Recording, seen: set[int]) -> None:
+    """Replace the meta tensors in a list or dictionary, and in those within it, but for parameters."""
+    if id(item) in seen:
+        return
+    seen.add(id(item))
+    pairs = list(item.items() if isinstance(item, dict) else enumerate(item))
+    for key, value in pairs:
+        if isinstance(value, list | dict):
+            _make_real_within(value, known, recording, seen)
+        elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            real: dict[str, Tensor | None] = {"": value}
+            _make_real(real, known, recording)
+            if real[""] is not value:
+                item[key] = real[""]
 
 
 def _make_real(holder: dict[str, Tensor | None], known: dict[int, Tensor], recording: Recording | None = None) -> None:

@@ -18,7 +18,7 @@ from strategies.tree import move
 
 from . import pages
 from .device_map import Kind, infer_auto_device_map
-from .hooks import attach, follow
+from .hooks import Unpicklable, attach, follow
 from .load import load_checkpoint_in_model, written
 from .parts import Part, parts_of
 from .places import Device, DeviceMap, check_device_map, device_of, device_that_computes, rests
@@ -26,16 +26,13 @@ from .residency import Copies, Holding, MappedPages, Residency
 
 
 @dataclass
-class Dispatched:
+class Dispatched(Unpicklable):
     """What `dispatch_model` did to a model, so that it can be undone."""
 
     device_map: dict[str, Device]
     main_device: torch.device
     residency: Residency | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise PrepareError("a dispatched model cannot be copied or pickled; call remove_dispatch(model) first")
 
 
 def dispatch_model(

@@ -81,9 +81,12 @@ def size_of_model(model: str) -> Size:
 
 
 def _of_checkpoint(path: Path) -> Size:
-    tensors = tensors_of(path)
+    tensors: dict[tuple[int, int], Tensor] = {}
     blocks: dict[str, int] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors_of(path).items():
+        memory = (tensor.data_ptr(), tensor.nbytes)
+        if tensor.nbytes and tensors.setdefault(memory, tensor) is not tensor:
+            continue  # tied: torch.save keeps one memory under both names
         numbered = re.match(r"(.*?\.|)\d+(?=\.)", name)
         block = numbered[0] if numbered else name.rpartition(".")[0] or name
         blocks[block] = blocks.get(block, 0) + tensor.numel()

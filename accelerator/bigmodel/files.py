@@ -70,14 +70,14 @@ def _of_folder(folder: Path) -> dict[str, Tensor]:
 
 def _of_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        return _of_safetensors(path)
+        return of_safetensors(path)
     return _state_dict(_load(path), path)
 
 
 def _together(paths: Sequence[Path]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in paths:
-        part = _of_safetensors(path)
+        part = of_safetensors(path)
         twice = sorted(part.keys() & found.keys())
         if twice:
             raise StateError(
@@ -113,7 +113,8 @@ def _leads_elsewhere(file: str) -> bool:
     return any(path.is_absolute() or ".." in path.parts for path in (PurePosixPath(file), PureWindowsPath(file)))
 
 
-def _of_safetensors(path: Path) -> dict[str, Tensor]:
+def of_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of one safetensors file, mapped. Raises `StateError` if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +11,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from strategies.errors import StepError
+from strategies.errors import PrepareError, StepError
 from strategies.tree import iterate_tensors, move
 
 from .parts import Part
 from .places import Device, device_of, device_that_computes, rests
 from .residency import Copies, Holding, Residency, as_view_of
+
+
+class Unpicklable:
+    """Part of a dispatched model that cannot go elsewhere."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise `PrepareError`."""
+        raise PrepareError("a dispatched model cannot be copied or pickled; call remove_dispatch(model) first")
+
+
+class _Hook(Unpicklable):
+    """What modules call: pickling one of them says what is wrong, where a local function could not."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
 
 
 def follow(
@@ -44,9 +62,9 @@ def follow(
         device = device_of(part.names[0], places)
         target = main if rests(device, main) else device_that_computes(device, main)
         for module in part.modules:
-            handles.append(module.register_forward_pre_hook(partial(to, target), prepend=True, with_kwargs=True))
-    handles.append(model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
-    handles.append(model.register_forward_hook(end, always_call=True))
+            handles.append(module.register_forward_pre_hook(_Hook(partial(to, target)), prepend=True, with_kwargs=True))
+    handles.append(model.register_forward_pre_hook(_Hook(begin), prepend=True, with_kwargs=True))
+    handles.append(model.register_forward_hook(_Hook(end), always_call=True))
 
 
 def attach(
@@ -63,8 +81,8 @@ def attach(
                 handles += _attach_copies(module, index, holding, residency)
             else:
                 handles += _attach_pages(module, index, residency)
-    handles.append(model.register_forward_pre_hook(lambda *_: residency.begin(), prepend=True))
-    handles.append(model.register_forward_hook(lambda *_: residency.end()))
+    handles.append(model.register_forward_pre_hook(_Hook(lambda *_: residency.begin()), prepend=True))
+    handles.append(model.register_forward_hook(_Hook(lambda *_: residency.end())))
 
 
 def _attach_pages(module: nn.Module, index: int, residency: Residency) -> list[RemovableHandle]:
@@ -88,8 +106,8 @@ def _attach_pages(module: nn.Module, index: int, residency: Residency) -> list[R
                     tensor.register_hook(backward)
 
     return [
-        module.register_forward_pre_hook(before, prepend=True),
-        module.register_forward_hook(after, always_call=True),
+        module.register_forward_pre_hook(_Hook(before), prepend=True),
+        module.register_forward_hook(_Hook(after), always_call=True),
     ]
 
 
@@ -136,8 +154,8 @@ def _attach_copies(module: nn.Module, index: int, holding: Copies, residency: Re
             residency.leave(index)
 
     return [
-        module.register_forward_pre_hook(before, prepend=True),
-        module.register_forward_hook(after, always_call=True),
+        module.register_forward_pre_hook(_Hook(before), prepend=True),
+        module.register_forward_hook(_Hook(after), always_call=True),
     ]
 
 

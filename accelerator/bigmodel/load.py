@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from accelerator.fit import differing_ties, misfit
 from strategies.deferred_init import EMPTY
 from strategies.errors import StateError, listed
 from strategies.shards import copy_whole
 
 from . import pages
 from .build import fill_buffers
-from .files import tensors_of
+from .files import of_safetensors, tensors_of
 from .places import DeviceMap, check_device_map, device_of
 
 
@@ -65,34 +67,70 @@ def load_checkpoint_in_model(
     """Fill `model`, on the meta device or not, from a checkpoint; every rank for itself.
 
     `checkpoint`: a safetensors file, a file of `torch.save`, an index of either, or a folder with those or with one
-    tensor per file; or tensors by name. `device_map` says where weights go (see `infer_auto_device_map`), otherwise
-    they go where they are, and from the meta device to the CPU. They keep the dtype they have in the model, or get
-    `dtype` where they are floating-point. Memory: the model and its largest tensor.
+    tensor per file; or tensors by name, which are copied. `device_map` says where weights go (see
+    `infer_auto_device_map`), otherwise they go where they are, and from the meta device to the CPU. They keep the dtype
+    they have in the model, or get `dtype` where they are floating-point. Memory: the model and its largest tensor.
 
     With `mmap`, weights without memory that go to the CPU as they are in the file are mapped from it, copy-on-write:
     loading reads nothing, and the file must not be overwritten in place afterwards (replacing it is fine). Weights on
-    `"disk"` always are; where the file has another dtype, they are written once more, to `offload_folder`.
+    `"disk"` always are; where the file has another dtype, they are written once more, to `offload_folder`, as are
+    tensors by name. Weights that share memory in a file of `torch.save` and are no ties of the model get their own.
 
     Raises `StateError` before anything is changed: for a checkpoint that is damaged or unsafe; and, all together, for
-    names that are missing in it, unexpected, or of another shape or kind of number. With `strict=False` missing and
-    unexpected ones are returned instead.
+    names that are missing in it, unexpected, of another shape or kind of number, or with numbers that the dtype of the
+    model cannot hold (integers that would wrap, floats that would become infinite); and for two names of one tied
+    weight with different numbers. With `strict=False` missing and unexpected ones are returned instead.
     """
     slots = _slots(model)
     if device_map is not None:
         check_device_map(model, device_map)
-    where = str(checkpoint) if isinstance(checkpoint, str | os.PathLike) else "the tensors given"
+    in_files = isinstance(checkpoint, str | os.PathLike)
+    where = str(checkpoint) if in_files else "the tensors given"
     found = tensors_of(checkpoint) if isinstance(checkpoint, str | os.PathLike) else dict(checkpoint)
-    result = _check(model, slots, found, where, strict=strict)
-    _check_folder(slots, found, device_map, dtype, offload_folder)
+    result = _check(model, slots, found, where, dtype, strict=strict)
+    if in_files:
+        _give_back_read(slots, found, dtype)
+    chosen = {names[0]: found[name] for slot in slots if (name := _name_in(found, names := slot.names))}
+    own = _own_memory(chosen) if in_files else set()
+    _check_folder(slots, chosen, own, device_map, dtype, offload_folder)
     fill_buffers(model)
     for slot in _slots(model):
-        name = next((name for name in slot.names if name in found), None)
-        if name is not None:
-            device = None if device_map is None else device_of(slot.names[0], device_map)
-            _fill(slot, found[name], device, dtype, offload_folder, mmap=mmap)
+        name = slot.names[0]
+        if name in chosen:
+            device = None if device_map is None else device_of(name, device_map)
+            source = chosen[name].detach()
+            _fill(slot, source, device, dtype, offload_folder, own=name in own, mmap=mmap)
     if strict:
         _refuse_meta(model)
     return result
+
+
+def _name_in(found: Mapping[str, Tensor], names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in found), None)
+
+
+def _give_back_read(slots: list[_Slot], found: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Give back the pages of tensors whose numbers were looked at."""
+    for slot in slots:
+        there = [found[name] for name in slot.names if name in found]
+        for tensor in there:
+            if len(there) > 1 or tensor.dtype != _wanted(slot, dtype):
+                pages.give_back(tensor)
+
+
+def _own_memory(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The names of those that may become weights as they are: no other, and nothing in themselves, shares memory."""
+    spans = []
+    for name, tensor in tensors.items():
+        if tensor.is_contiguous() and tensor.nbytes:
+            start = tensor.data_ptr()
+            spans.append((start, start + tensor.nbytes, name))
+    own, taken = set(), 0
+    for start, end, name in sorted(spans):
+        if start >= taken:
+            own.add(name)
+        taken = max(taken, end)
+    return own
 
 
 def _slots(model: nn.Module) -> list[_Slot]:
@@ -116,19 +154,27 @@ def _slots(model: nn.Module) -> list[_Slot]:
 
 
 def _check(
-    model: nn.Module, slots: list[_Slot], found: Mapping[str, Tensor], where: str, *, strict: bool
+    model: nn.Module,
+    slots: list[_Slot],
+    found: Mapping[str, Tensor],
+    where: str,
+    dtype: torch.dtype | None,
+    *,
+    strict: bool,
 ) -> IncompatibleKeys:
     known = {name for slot in slots for name in slot.names}
     missing = [slot.names[0] for slot in slots if not any(name in found for name in slot.names)]
     unexpected = [name for name in found if name not in known and not _is_derived(model, name)]
     wrong = []
     for slot in slots:
-        for name in slot.names:
-            if name in found and found[name].shape != slot.tensor.shape:
-                wrong.append(f"{name} is {_shape(found[name])} and should be {_shape(slot.tensor)}")
-            elif name in found and _kind(found[name]) != _kind(slot.tensor):
-                wrong.append(f"{name} is {_dtype(found[name])} and should be {_dtype(slot.tensor)}")
-    problems = [f"of another shape or kind: {'; '.join(wrong[:20])}"] if wrong else []
+        of_slot = [
+            problem
+            for name in slot.names
+            if name in found and (problem := misfit(name, found[name], slot.tensor, _wanted(slot, dtype)))
+        ]
+        tie = None if of_slot else differing_ties(slot.names, found)
+        wrong += [*of_slot, *([tie] if tie else [])]
+    problems = [f"of another shape or kind, or different: {'; '.join(wrong[:20])}"] if wrong else []
     if strict or wrong:
         problems += [f"missing: {listed(missing)}"] if missing else []
         problems += [f"unexpected: {listed(unexpected)}"] if unexpected else []
@@ -149,14 +195,6 @@ def _is_derived(model: nn.Module, name: str) -> bool:
         return False
 
 
-def _kind(tensor: Tensor) -> str:
-    return "floating" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "integer"
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a scalar"
-
-
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -167,21 +205,29 @@ def _wanted(slot: _Slot, dtype: torch.dtype | None) -> torch.dtype:
 
 def _check_folder(
     slots: list[_Slot],
-    found: Mapping[str, Tensor],
+    chosen: Mapping[str, Tensor],
+    own: set[str],
     device_map: DeviceMap | None,
     dtype: torch.dtype | None,
     folder: str | os.PathLike[str] | None,
 ) -> None:
-    """Raise `StateError` for weights that must be written again to rest on the disk, and have no place there."""
+    """Raise `StateError` for weights that must be written to rest on the disk, and have no place there."""
     if device_map is None or folder is not None:
         return
     for slot in slots:
-        name = next((name for name in slot.names if name in found), None)
-        if name and device_of(slot.names[0], device_map) == "disk" and found[name].dtype != _wanted(slot, dtype):
+        name = slot.names[0]
+        if name not in chosen or device_of(name, device_map) != "disk" or not chosen[name].nbytes:
+            continue
+        if chosen[name].dtype != _wanted(slot, dtype):
             raise StateError(
-                f"{name} is {_dtype(found[name])} in the checkpoint and {str(_wanted(slot, dtype))[6:]} in the model, "
+                f"{name} is {_dtype(chosen[name])} in the checkpoint and {str(_wanted(slot, dtype))[6:]} in the model, "
                 "and is to rest on the disk, so it is written once more. Give offload_folder, or load the model in "
-                f"the checkpoint's own dtype (dtype={found[name].dtype})."
+                f"the checkpoint's own dtype (dtype={chosen[name].dtype})."
+            )
+        if name not in own:
+            raise StateError(
+                f"{name} is to rest on the disk, and no file holds it in memory of its own (it was given as a tensor, "
+                "or shares that of another weight, or is not contiguous), so it is written; give offload_folder"
             )
 
 
@@ -192,46 +238,68 @@ def _fill(
     dtype: torch.dtype | None,
     folder: str | os.PathLike[str] | None,
     *,
+    own: bool,
     mmap: bool,
 ) -> None:
     target, wanted = slot.tensor, _wanted(slot, dtype)
     if hasattr(target, EMPTY):
         delattr(target, EMPTY)
-    if device == "disk":
-        slot.put(source if source.dtype == wanted else written(source.to(wanted), slot.names[0], folder))
+    may_stay = own and source.dtype == wanted  # its pages become the model's
+    if device == "disk" and source.nbytes:
+        slot.put(source if may_stay else written(source.to(wanted), slot.names[0], folder))
         return
-    place = torch.device("cpu" if target.is_meta else target.device) if device is None else torch.device(device)
+    place = torch.device("cpu" if target.is_meta else target.device)
+    if device is not None:
+        place = torch.device("cpu" if device == "disk" else device)
     if not target.is_meta and target.dtype == wanted and target.device == place:
         copy_whole(source, target)
-    elif place.type == "cpu" and source.dtype == wanted and mmap:
+    elif place.type == "cpu" and may_stay and mmap:
         slot.put(source)
-        return  # its pages are the model's
+        return
     else:
-        slot.put(torch.empty_like(source, device=place, dtype=wanted).copy_(source))
-    pages.give_back(source)
+        slot.put(torch.empty(source.shape, device=place, dtype=wanted).copy_(source))
+    if own:
+        pages.give_back(source)
 
 
 def written(tensor: Tensor, name: str, folder: str | os.PathLike[str] | None) -> Tensor:
-    """`tensor` written to a file of its own in `folder`, and mapped from there. Raises `StateError` if it cannot be."""
+    """`tensor` written to a file of its own in `folder`, and mapped from there. Raises `StateError` if it cannot be.
+
+    The file ends in `.offload`, so that it never takes the place of a checkpoint's file, nor is read as one. What is
+    mapped is what this process wrote, even if another one writes the same name.
+    """
     from safetensors.torch import save_file
 
     if folder is None:
         raise StateError(f"{name} is to rest on the disk and is in no file that can be mapped; give offload_folder")
-    path = Path(folder) / f"{name}.safetensors"
-    temporary = path.with_name(path.name + ".writing")
+    path = Path(folder) / f"{name}.offload"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().contiguous()}, temporary)
-        os.replace(temporary, path)
+        handle, temporary = tempfile.mkstemp(prefix=f"{name}.", suffix=".writing", dir=folder)
+        os.close(handle)
+        try:
+            save_file({name: tensor.detach().contiguous()}, temporary)
+            mapped = of_safetensors(Path(temporary))[name]
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise StateError(f"{name} could not be written to {str(path)!r}: {error}") from error
-    return tensors_of(path)[name]
+    return mapped
 
 
 def _refuse_meta(model: nn.Module) -> None:
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        raise StateError(
-            f"{listed(left)} of {type(model).__name__} are on the meta device, and no checkpoint holds them. Build the "
-            "model inside `with init_empty_weights():`, which keeps what buffers are made of."
+    named = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, tensor in named if tensor.is_meta]
+    if not left:
+        return
+    seen = all(hasattr(tensor, "_deferred_init") for _, tensor in named if tensor.is_meta)
+    raise StateError(
+        f"{listed(left)} of {type(model).__name__} are on the meta device, and no checkpoint holds them. "
+        + (
+            "They are random, or made of weights, which have no numbers inside init_empty_weights(). Save them with "
+            "the weights (persistent=True), or build the model without init_empty_weights() and load into it."
+            if seen
+            else "Build the model inside `with init_empty_weights():`, which keeps what buffers are made of."
         )
+    )

@@ -54,7 +54,8 @@ def parts_of(
         if not tied:
             found.append(part)
         part.names.append(name)
-        part.modules.append(module)
+        if module not in part.modules:
+            part.modules.append(module)
         part.tensors += {id(tensor): tensor for tensor in tensors if id(tensor) not in holder}.values()
         holder |= {id(tensor): part for tensor in tensors}
     return found
@@ -63,7 +64,7 @@ def parts_of(
 def _atoms(
     name: str, module: nn.Module, whole: set[int], above: set[str]
 ) -> Iterator[tuple[str, nn.Module, list[Tensor]]]:
-    children = list(module.named_children())
+    children = [(child_name, child) for child_name, child in module._modules.items() if child is not None]
     if name not in above and (id(module) in whole or not children):
         tensors = [*module.parameters(), *module.buffers()]
         if tensors:
@@ -77,5 +78,6 @@ def _atoms(
 
 
 def _own(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
+    # Under all names, also those of a module or tensor that has several: a device map has to cover them.
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    yield from module.named_buffers(recurse=False, remove_duplicate=False)

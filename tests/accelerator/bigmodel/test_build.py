@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from accelerator.bigmodel import init_empty_weights, init_on_device, load_checkpoint_in_model
+from strategies.errors import StateError
 
 
 class Odd(nn.Module):
@@ -91,3 +92,37 @@ def test_a_model_of_transformers() -> None:
     tokens = torch.arange(6)[None]
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, expected(tokens).logits)
+
+
+class Containers(nn.Module):
+    """Tensors that are no buffers, within containers; and buffers that nothing can fill."""
+
+    def __init__(self, noise: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.scales = [torch.arange(4.0) + 1, {"deep": torch.full((4,), 2.0)}]
+        self.shifts = {"one": torch.ones(4) * 3, "none": None}
+        self.weights = [self.linear.weight]
+        if noise:
+            self.register_buffer("noise", torch.randn(4), persistent=False)
+            self.register_buffer("norm", self.linear.weight.detach().norm(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.scales[0] * self.scales[1]["deep"] + self.shifts["one"]  # type: ignore[index]
+
+
+def test_tensors_in_lists_and_dictionaries_have_their_numbers() -> None:
+    expected = Containers()
+    with init_empty_weights():
+        model = Containers()
+    assert model.weights[0] is model.linear.weight
+    load_checkpoint_in_model(model, expected.state_dict())
+    x = torch.randn(2, 4)
+    assert torch.equal(model(x), expected(x))
+
+
+def test_buffers_that_nothing_can_fill_are_named() -> None:
+    with init_empty_weights():
+        model = Containers(noise=True)
+    with pytest.raises(StateError, match=r"noise, norm of Containers .* random, or made of weights.*persistent=True"):
+        load_checkpoint_in_model(model, Containers().state_dict())

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from accelerator.bigmodel import describe_device_map, get_max_memory, infer_auto_device_map, init_empty_weights
+from accelerator.bigmodel import (
+    describe_device_map,
+    dispatch_model,
+    get_max_memory,
+    infer_auto_device_map,
+    init_empty_weights,
+)
 from accelerator.bigmodel.parts import parts_of
 from accelerator.bigmodel.places import device_of
 from blocks_net import Net
@@ -140,3 +148,29 @@ def test_the_memory_of_this_machine() -> None:
     found = get_max_memory()
     assert list(found) == [*range(torch.accelerator.device_count()), "cpu", "disk"]
     assert 2**20 < found["cpu"] < 2**50
+
+
+class Shared(nn.Module):
+    """Modules and a parameter that have several names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        twice = nn.Linear(32, 32)
+        self.blocks = nn.ModuleList([twice, nn.Linear(32, 32), twice])
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.factor = self.scale
+        self.same = self.blocks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.same:
+            x = block(x) * self.scale
+        return x
+
+
+def test_a_map_covers_every_name_of_what_is_shared(tmp_path: Path) -> None:
+    model, x = Shared(), torch.randn(2, 32)
+    expected = model(x)
+    device_map = infer_auto_device_map(model, {"cpu": "8.44kB"}, ["Linear"])
+    assert set(device_map.values()) == {"cpu", "disk"}
+    dispatch_model(model, device_map, offload_folder=tmp_path)
+    assert torch.equal(model(x), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from accelerator.bigmodel.parts import Part
 from accelerator.bigmodel.residency import Copies
 from blocks_net import Net, make_net
 from fresh_process import FreshProcesses
+from rank_pool import RankPool
 from strategies.errors import ConfigurationError, PrepareError, StateError, StepError
 
 
@@ -201,6 +203,33 @@ def test_a_checkpoint_of_another_dtype_is_written_once_more(net: Path, tmp_path:
         assert torch.equal(model(x), make_net().bfloat16()(x))
 
 
+def test_an_offload_folder_never_changes_a_checkpoint(tmp_path: Path) -> None:
+    for name, tensor in make_net().state_dict().items():
+        save_file({name: tensor}, tmp_path / f"{name}.safetensors")
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for seed in range(2):
+        with init_empty_weights():
+            model = Net()
+        load_checkpoint_and_dispatch(model, tmp_path, {"": "disk"}, offload_folder=tmp_path, dtype=torch.bfloat16)
+        assert model.head.weight.dtype is torch.bfloat16, seed
+    assert {path: path.read_bytes() for path in files} == files
+    check_equal(offloaded(tmp_path), make_net())
+
+
+def offload_often(folder: str, times: int) -> None:
+    for _ in range(times):
+        with init_empty_weights():
+            model = Net().double()
+        load_checkpoint_and_dispatch(model, folder, {"": "disk"}, offload_folder=Path(folder) / "shared")
+        expected = make_net().double()
+        assert all(torch.equal(one, two) for one, two in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_ranks_share_an_offload_folder(net: Path, ranks: RankPool) -> None:
+    ranks(offload_often, str(net), 10, nproc=2)
+    assert {path.suffix for path in (net / "shared").iterdir()} == {".offload"}
+
+
 @pytest.mark.parametrize("budget", ["100kB", None])
 def test_generate_of_transformers_with_tied_heads(tmp_path: Path, budget: str | None) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -300,8 +329,10 @@ def test_refusals(net: Path) -> None:
     model = offloaded(net)
     with pytest.raises(PrepareError, match="dispatched already"):
         dispatch_model(model, {"": "cpu"})
-    with pytest.raises(PrepareError, match="cannot be copied"):
-        copy.deepcopy(model)
+    for copied in (copy.deepcopy, pickle.dumps, lambda model: torch.save(model, net / "copy.pt")):
+        with pytest.raises(PrepareError, match="cannot be copied or pickled; call remove_dispatch"):
+            copied(model)
+    assert pickle.loads(pickle.dumps(remove_dispatch(model))) is not None
 
 
 # -- memory ------------------------------------------------------------------------------------------------

@@ -63,6 +63,14 @@ def test_a_checkpoint(as_file: bool, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert ["together", "8"] in [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
 
 
+def test_a_tie_in_a_torch_file_is_counted_once(tmp_path: Path) -> None:
+    embed, head = torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100, bias=False)
+    head.weight = embed.weight
+    torch.save(torch.nn.ModuleDict({"embed": embed, "head": head}).state_dict(), tmp_path / "tied.pt")
+    size = size_of_model(str(tmp_path / "tied.pt"))
+    assert (size.num_parameters, size.stored_bytes, size.largest_block) == (800, 3200, "embed")
+
+
 def test_the_sums() -> None:
     assert [Training.of("adamw", precision).total for precision in ("no", "bf16")] == [16, 18]
     assert Training.of("sgd-momentum", "no").total == 12
