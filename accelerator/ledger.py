@@ -18,8 +18,10 @@ from typing import Any
 
 from strategies import collectives
 from strategies.accumulation import Accumulation
+from strategies.drawn import ListedBatchSampler
 from strategies.errors import ConfigurationError, DataError
 from strategies.observer import Observer
+from strategies.prepared.dataloader import DataLoaderLink
 from strategies.sharding import Cut
 from strategies.sources import Cursor
 
@@ -50,11 +52,14 @@ class Ledger(Observer):
         number = self._accumulation.loaders.index(link)
         if self._cursors.get(number) is not cursor:
             self._cursors[number] = cursor
-            self._write(_beginning(number, cursor, self._accumulation.world.size))
+            self._write(_beginning(number, cursor, link))
         indices = link.indices(cursor, cursor.index)
         row = {"event": "batch", "loader": number, "epoch": cursor.epoch, "batch": cursor.index, "rank": cursor.rank}
         row["position"] = None if cursor.cut is None else cursor.cut.position_after(cursor.index - 1)
-        row |= {"ghost": cursor.is_ghost, "samples": cursor.samples}
+        counts_items = (
+            cursor.cut is not None and not cursor.cut.counts_samples
+        )  # each is what the dataset gives at once
+        row |= {"ghost": cursor.is_ghost, "samples": int(not cursor.is_ghost) if counts_items else cursor.samples}
         self._write(row | {"indices": None if indices is None else [_plain(index) for index in indices]})
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -63,7 +68,11 @@ class Ledger(Observer):
 
 @dataclass
 class Account:
-    """What one epoch of one loader gave out, over all runs and ranks. `length` is in samples, `None` if not known."""
+    """What one epoch of one loader gave out, over all runs and ranks.
+
+    `length` is how many samples its sampler or batch sampler gives, `None` if that is not known. A sample is what the
+    dataset gives at one index, also where that is a batch (`batch_size=None`).
+    """
 
     loader: int
     epoch: int
@@ -136,13 +145,15 @@ def start_ledger(settings: Settings, accumulation: Accumulation) -> None:
     accumulation.observers.append(Ledger(Path(settings.project_dir) / FOLDER, accumulation))
 
 
-def _beginning(loader: int, cursor: Cursor, world_size: int) -> dict[str, Any]:
-    cut = cursor.cut
+def _beginning(loader: int, cursor: Cursor, link: DataLoaderLink) -> dict[str, Any]:
+    cut, world_size = cursor.cut, link.accumulation.world.size
     position = 0 if cut is None else cut.start
     length = dropped = None
     if isinstance(cut, Cut):
         length = cut.length
         dropped = cut.length - cut.start - cut.window_samples(0, cut.num_batches)
+    elif isinstance(link.source, ListedBatchSampler):
+        length = sum(len(batch) for batch in link.source.order.drawn)
     row = {"event": "pass", "loader": loader, "epoch": cursor.epoch, "rank": cursor.rank, "world_size": world_size}
     return row | {"position": position, "seed": cursor.seed, "length": length, "dropped": dropped or 0}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from accelerator import Accelerator
@@ -56,18 +57,52 @@ def test_ghosts_and_drops_are_told(ranks: RankPool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "samples", "different"),
+    ("options", "samples", "different", "is_whole"),
     [
-        ({"dataset": Stream(7), "batch_size": 2}, 7, 0),
-        ({"dataset": Numbers(9), "batch_sampler": [[0, 1], [1, 2, 3]]}, 5, 4),
-        ({"dataset": Numbers(3), "batch_size": None}, 3, 3),
+        ({"dataset": Stream(7), "batch_size": 2}, 7, 0, False),  # nobody knows how many there are
+        ({"dataset": Numbers(9), "batch_sampler": [[0, 1], [1, 2, 3]]}, 5, 4, False),
+        ({"dataset": Numbers(9), "batch_sampler": [[0, 1], [2], [3, 4, 5, 6, 7, 8]]}, 9, 9, True),
+        ({"dataset": Numbers(3), "batch_size": None}, 3, 3, True),
+        ({"dataset": [torch.zeros(3), torch.zeros(5)], "batch_size": None}, 2, 2, True),
     ],
 )
-def test_other_loaders_have_accounts_too(tmp_path: Path, options: Any, samples: int, different: int) -> None:
+def test_other_loaders_have_accounts_too(
+    tmp_path: Path, options: Any, samples: int, different: int, is_whole: bool
+) -> None:
     accelerator = Accelerator(strategy="cpu", data_ledger=True, project_dir=tmp_path)
     list(accelerator.prepare(DataLoader(**options)))
     (one,) = account(tmp_path)
-    assert (one.samples, one.different) == (samples, different)
+    assert (one.samples, one.different, one.is_whole) == (samples, different, is_whole)
+
+
+def part(folder: str, dataset: Any, options: dict[str, Any], state: Any) -> Any:
+    """Up to one batch after a position; from it to the end with `state`."""
+    accelerator = Accelerator(strategy="auto", seed=1, data_ledger=True, project_dir=folder)
+    loader = accelerator.prepare(DataLoader(dataset, **options))
+    if state is not None:
+        loader.load_state_dict(state)
+    for index, _ in enumerate(loader):
+        if state is None and index == 1:
+            position = loader.state_dict()
+        elif state is None and index == 2:
+            return position
+    return None
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "undone", "ghosts"),
+    [
+        (Numbers(9), {"batch_sampler": [[0, 1], [2], [3, 4, 5], [6, 7, 8]]}, 3, 0),
+        ([torch.zeros(size) for size in range(1, 6)], {"batch_size": None}, 1, 1),
+    ],
+)
+def test_they_add_up_over_ranks_and_a_resume(
+    ranks: RankPool, tmp_path: Path, dataset: Any, options: Any, undone: int, ghosts: int
+) -> None:
+    state = part(str(tmp_path), dataset, options, None)
+    ranks(part, str(tmp_path), dataset, options, state, nproc=2)
+    (one,) = account(tmp_path)
+    assert (one.is_whole, one.resumed, one.undone, one.ghosts) == (True, 1, undone, ghosts)
 
 
 def test_a_ledger_without_a_place_is_refused(tmp_path: Path) -> None:
