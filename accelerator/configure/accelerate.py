@@ -11,7 +11,7 @@ from strategies.errors import ConfigurationError
 
 from .accelerate_fsdp import FSDP, XLA, XLA_SETTINGS
 from .accelerate_keys import DEEPSPEED, DYNAMO, KINDS, MACHINE, PARALLELISM, strategy_for
-from .outcome import Document, Outcome, Rule, lost, needless, number
+from .outcome import Document, Outcome, Rule, is_off, lost, needless, number
 
 SECTIONS: Mapping[str, tuple[str, Mapping[str, Rule]]] = {
     "fsdp_config": ("fsdp_", {**FSDP, **XLA}),
@@ -95,8 +95,11 @@ def _read(text: str, name: str) -> dict[str, Any]:
         ) from error
     try:
         table = yaml.safe_load(text)
+        again = _repeated(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    if again is not None:
+        raise ConfigurationError(f"{name} says {again} twice; expected each key once. Take one of them out.")
     if not (isinstance(table, dict) and all(isinstance(key, str) for key in table)):
         what = "nothing" if table is None else f"a {type(table).__name__}"
         raise ConfigurationError(
@@ -104,6 +107,35 @@ def _read(text: str, name: str) -> dict[str, Any]:
             "~/.cache/huggingface/accelerate/default_config.yaml."
         )
     return table
+
+
+def _repeated(node: Any) -> str | None:
+    """The first key that a mapping of a YAML tree has twice; YAML itself takes the last."""
+    to_do, done = [node], set()
+    while to_do:
+        node = to_do.pop()
+        if id(node) in done or not isinstance(getattr(node, "value", None), list):
+            continue
+        done.add(id(node))
+        seen = set()
+        for item in node.value:
+            key, below = item if isinstance(item, tuple) else (None, item)
+            to_do.append(below)
+            if key is not None and isinstance(key.value, str):
+                if key.value in seen:
+                    return f"{key.value} (line {key.start_mark.line + 1})"
+                seen.add(key.value)
+    return None
+
+
+def _refuse_both_names(table: Mapping[str, Any], name: str) -> None:
+    for section, (prefix, rules) in SECTIONS.items():
+        names = [_full(str(key).removeprefix("parallelism_config_"), prefix, rules) for key in table.get(section) or {}]
+        twice = next((full for full in names if names.count(full) > 1), None)
+        if twice is not None:
+            raise ConfigurationError(
+                f"{section} says {twice} twice ({name}), with and without its prefix; expected it once. Take one out."
+            )
 
 
 def _document(table: Mapping[str, Any], name: str) -> Document:
@@ -122,13 +154,14 @@ def _document(table: Mapping[str, Any], name: str) -> Document:
     for section in (*SECTIONS, *UNBUILT):
         if not isinstance(table.get(section) or {}, dict):
             raise ConfigurationError(f"{section} is {table[section]!r} ({name}); expected keys and values under it.")
+    _refuse_both_names(table, name)
     machines = number("num_machines", table.get("num_machines") or 1)
     parallelism = table.get("parallelism_config") or {}
     return Document(
         name=name,
         table=table,
         kind=kind,
-        strategy=None if sagemaker else strategy_for(kind, bool(table.get("use_cpu"))),
+        strategy=None if sagemaker else strategy_for(kind, not is_off(table.get("use_cpu"))),
         machines=max(1, machines),
         fsdp={_full(key, "fsdp_", {**FSDP, **XLA}): value for key, value in (table.get("fsdp_config") or {}).items()},
         parallelism={key.removeprefix("parallelism_config_"): value for key, value in parallelism.items()},

@@ -18,10 +18,16 @@ from .outcome import (
     needless,
     number,
     switch,
+    version,
 )
 
 SHARDING = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 SHARDINGS = {name: name for name in SHARDING} | {str(number): name for number, name in enumerate(SHARDING, start=1)}
+
+
+def _version(value: Any, document: Document) -> Outcome:
+    version("fsdp_version", value)
+    return needless("FSDP 1 and FSDP 2 both become torch's fully_shard, the code of FSDP 2")
 
 
 def _reshard_after_forward(value: Any, document: Document) -> Outcome:
@@ -97,7 +103,7 @@ def _always_on(key: str, words: str) -> Rule:
 
 
 FSDP: Mapping[str, Rule] = {
-    "fsdp_version": always(needless("FSDP 1 and FSDP 2 both become torch's fully_shard, the code of FSDP 2")),
+    "fsdp_version": _version,
     "fsdp_sharding_strategy": _sharding_strategy,
     "fsdp_reshard_after_forward": _reshard_after_forward,
     "fsdp_offload_params": _same("fsdp_offload_params", "fsdp.cpu_offload"),

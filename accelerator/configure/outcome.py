@@ -29,12 +29,13 @@ class Document:
     @property
     def fsdp_version(self) -> int:
         """1 or 2; Accelerate takes 1 where the file says nothing."""
-        return int(self.fsdp.get("fsdp_version", self.fsdp.get("version", 1)))
+        return version("fsdp_version", self.fsdp.get("fsdp_version", 1))
 
     @property
     def is_on_xla(self) -> bool:
         """Whether `xla: true` turns FSDP into the one of torch_xla."""
-        return self.kind in ("XLA", "TPU") or bool(self.fsdp.get("xla", self.table.get("xla")))
+        asked = self.fsdp.get("xla", self.table.get("xla"))
+        return self.kind in ("XLA", "TPU") or (asked is not None and switch("xla", asked))
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def always(outcome: Outcome) -> Rule:
 def is_off(value: object) -> bool:
     """Whether a value asks for nothing."""
     return value in (None, False, 0, "", [], {}) or (
-        isinstance(value, str) and value.lower() in ("no", "none", "false")
+        isinstance(value, str) and value.lower() in ("no", "none", "false", "0")
     )
 
 
@@ -97,9 +98,18 @@ def switch(key: str, value: Any) -> bool:
 def number(key: str, value: Any) -> int:
     """An integer, also as text. Raises `ConfigurationError` for anything else."""
     try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise ConfigurationError(f"{key} is {value!r}; expected an integer") from None
+        found = int(value)
+    except (TypeError, ValueError, OverflowError):
+        found = None
+    if found is None or isinstance(value, bool) or (isinstance(value, float) and value != found):
+        raise ConfigurationError(f"{key} is {value!r}; expected an integer")
+    return found
+
+
+def version(key: str, value: Any) -> int:
+    """1 or 2, of FSDP."""
+    found: int = choice(key, value, {"1": 1, "2": 2})
+    return found
 
 
 def choice(key: str, value: Any, options: Mapping[str, object]) -> Any:

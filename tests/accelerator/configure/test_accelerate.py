@@ -234,6 +234,14 @@ def test_losses_of_fsdp(key: str, value: Any) -> None:
     assert [fate.key for fate in convert(text, "x.yaml").losses] == [f"fsdp_config.{key}"]
 
 
+@pytest.mark.parametrize("no", ["false", "no", False, 0, "0"])
+def test_switches_in_quotes_are_off_too(no: object) -> None:
+    table = {"distributed_type": "FSDP", "fsdp_config": {"xla": no, "fsdp_offload_params": True}}
+    assert dict(convert(yaml.safe_dump(table), "x.yaml").values) == {"strategy": "fsdp", "fsdp.cpu_offload": True}
+    single = {"distributed_type": "NO", "use_cpu": no}
+    assert dict(convert(yaml.safe_dump(single), "x.yaml").values) == {"strategy": "single"}
+
+
 @pytest.mark.parametrize("groups", [[[0, 2], [1, 3]], [[0, 1], [2]], [[]], 3])
 def test_groups_that_are_no_mesh_are_lost(groups: object) -> None:
     table = {"distributed_type": "FSDP", "fsdp_config": {"xla": True, "xla_fsdp_settings": {"sharding_groups": groups}}}
@@ -276,6 +284,13 @@ def test_a_mesh_with_tensor_parallelism_loses_its_shards_too() -> None:
         ("distributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 3", "the same number of processes on every"),
         ("distributed_type: MULTI_GPU\nuse_cpu: true", "use_cpu: true and distributed_type: MULTI_GPU"),
         ("distributed_type: NO\nmixed_precision: bf61", "mixed_precision is 'bf61'; expected one of no, bf16, fp16"),
+        ("distributed_type: MULTI_GPU\nnum_processes: 2.9", "num_processes is 2.9; expected an integer"),
+        ("distributed_type: MULTI_GPU\nnum_processes: yes", "num_processes is True; expected an integer"),
+        ("distributed_type: NO\nuse_cpu: no\nuse_cpu: yes", r"x.yaml says use_cpu \(line 3\) twice"),
+        ("distributed_type: FSDP\nfsdp_config: {version: 1, fsdp_version: 2}", "fsdp_config says fsdp_version twice"),
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_version: two}", "fsdp_version is 'two'; expected one of 1, 2"),
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 3}", "fsdp_version is 3; expected one of 1, 2"),
+        ("distributed_type: FSDP\nfsdp_config: {xla: maybe}", "xla is 'maybe'; expected true or false"),
         ("distributed_type: MULTI_GPU\nnum_processes: many", "num_processes is 'many'; expected an integer"),
     ],
 )
