@@ -385,7 +385,7 @@ class Accelerator(Ranks):
         """Load weights that `save_model`, `accelerator export` or `transformers` wrote into `model`. Collective.
 
         `folder` may be a URL of `fsspec`. Each rank reads one tensor at a time. Raises `StateError` on every rank,
-        before anything is changed, naming all that is missing, foreign or of another shape.
+        before anything is changed, naming all that is missing, foreign or of another shape or kind.
         """
         export.load(self.unwrap_model(model), folder, self._world)
 
