@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from .batch_arithmetic import BatchArithmetic
 from .choice import check_world, chosen_name
 from .config import NOT_GIVEN, NotGiven, given, resolve_settings
 from .debugging import Debugging
+from .ending import Ending
 from .explain import Explanation, explain
 from .ledger import start_ledger
 from .profiling import Rounds, profiled
@@ -120,13 +120,13 @@ class Accelerator(Ranks):
         self._seeded_apart = False
         self._seed()
         ends = self._accumulation, self._record, self._checkpoints, self._debugging
-        self._finalizer = weakref.finalize(self, _end, *ends)
+        self._ending = Ending(self, _end, *ends)
         try:
             check_world(self._resolved, self._world)
             precision.check(self._world.device)
             start_ledger(self._settings, self._accumulation)
         except AcceleratorError:
-            self._finalizer()
+            self._ending()
             raise
 
     def _seed(self) -> None:
@@ -474,7 +474,7 @@ class Accelerator(Ranks):
 
     def end_training(self) -> None:
         """Let go of everything prepared and leave the process group. Every rank; done at exit otherwise."""
-        self._finalizer()
+        self._ending()
 
 
 def _end(accumulation: Accumulation, record: Record, checkpoints: checkpoint.Checkpoints, debugging: Debugging) -> None:

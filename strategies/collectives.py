@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import CollectiveError, ShapeMismatchError
+from .errors import CollectiveError, PeerLostError, ShapeMismatchError
 from .process_group import named_failures
 from .tree import describe, iterate_leaves, iterate_tensors, map_tensors
 from .world import World
@@ -45,7 +45,10 @@ def meet_alike(call: str, arguments: str, world: World) -> None:
 
     Raises `CollectiveError`, on every rank, naming the calls or the arguments if they differ.
     """
-    digests = meet(call, world, _digest(arguments))
+    try:
+        digests = meet(call, world, _digest(arguments))
+    except PeerLostError as error:
+        raise PeerLostError(f"{call}(), which every rank must call, was not called by all of them: {error}") from error
     if any(digest != digests[0] for digest in digests):
         brought = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(all_gather_objects(arguments, world)))
         raise CollectiveError(f"ranks gave {call} different arguments ({brought}). Call it alike on all of them.")

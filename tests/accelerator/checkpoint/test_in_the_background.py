@@ -75,3 +75,38 @@ def test_the_exit_waits_for_the_last(fresh: FreshProcesses, tmp_path: Path) -> N
         assert finished.returncode == 0, finished.stderr
     manifest = json.loads((tmp_path / "checkpoints" / "step-000000000" / "manifest.json").read_text())
     assert sum(entry["size"] for entry in manifest["files"].values()) > 2000 * 2000 * 4
+
+
+FAILS = """
+import atexit, sys, torch
+from pathlib import Path
+from accelerator import Accelerator
+
+def main():
+    accelerator = Accelerator("cpu", project_dir=sys.argv[1])
+    atexit.register(print, "registered after")
+    accelerator.prepare(torch.nn.Linear(2, 2))
+    Path(sys.argv[1], "file").write_text("in the way")
+    accelerator.save_state(Path(sys.argv[1], "file", "x"), async_=True)
+    return accelerator
+
+if sys.argv[2] == "let go":
+    main()
+elif sys.argv[2] == "exit":
+    kept = main()
+else:
+    try:
+        main().end_training()
+    except RuntimeError as error:
+        print("caught", error)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("let go", 1), ("exit", 1), ("caught", 0)])
+def test_a_failure_that_nobody_sees_is_the_exit_code(
+    fresh: FreshProcesses, tmp_path: Path, how: str, code: int
+) -> None:
+    (finished,) = fresh(FAILS, str(tmp_path), how)
+    assert finished.returncode == code, finished.stderr
+    assert "the last save_state(async_=True) failed" in finished.stdout + finished.stderr
+    assert "registered after" in finished.stdout
