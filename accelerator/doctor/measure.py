@@ -72,6 +72,7 @@ def probes(world: World) -> list[Probe]:
         Probe("all_gather_integers", lambda t: collectives.all_gather_integers([world.rank], world), _tuples(ranks)),
         Probe("all_gather_objects", lambda t: collectives.all_gather_objects(world.rank, world), lambda n: ranks),
         Probe("meet", lambda t: collectives.meet("accelerator doctor", world, world.rank), lambda n: ranks),
+        Probe("meet_alike", lambda t: collectives.meet_alike("accelerator doctor", "alike", world), lambda n: None),
         Probe("barrier", lambda t: collectives.barrier(world), lambda n: None),
     ]
 

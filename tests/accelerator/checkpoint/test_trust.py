@@ -216,7 +216,8 @@ def test_a_kill_at_any_moment_leaves_the_one_before(fresh: FreshProcesses, tmp_p
         assert found is not None
         steps.append(int(found.name.removeprefix("step-")))
     assert steps == sorted(set(steps))
-    assert len(list((tmp_path / "checkpoints").glob("step-*"))) <= 3
+    # Two last ones, the newest known to be good, the oldest not known yet, and one whose deletion the kill came before.
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) <= 5
 
 
 def KilledNet() -> nn.Module:
