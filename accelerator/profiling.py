@@ -72,7 +72,7 @@ def _profiled(
     folder.mkdir(parents=True, exist_ok=True)
 
     def keep(profiler: profile) -> None:
-        taken = max((link.num_steps for link in accumulation.optimizers), default=0)
+        taken = accumulation.steps_taken
         path, number = folder / f"rank{world.rank}-step{taken}.json.gz", 1
         while path.exists():
             number += 1

@@ -70,7 +70,7 @@ class Record:
             self._timers = Timers(
                 folder,
                 world,
-                steps_taken=lambda: steps_taken(accumulation),
+                steps_taken=lambda: accumulation.steps_taken,
                 optimizers=accumulation.optimizers,
                 plan=lambda: rows_of(explain(resolved, strategy_name, accumulation, arithmetic)),
                 count_flops=settings.count_flops,
@@ -85,7 +85,7 @@ class Record:
     @property
     def steps_taken(self) -> int:
         """Optimizer steps, of the optimizer that has taken most."""
-        return steps_taken(self._accumulation)
+        return self._accumulation.steps_taken
 
     def saving(self, save: Callable[[], Path]) -> Path:
         """What `save` returns, the folder of a checkpoint, having measured for how long the loop waited for it."""
@@ -120,11 +120,6 @@ class Record:
 def rows_of(explanation: Explanation) -> list[tuple[str, str, str, str]]:
     """The plan as rows of text."""
     return [(row.name, row.asked, row.got, row.origin) for row in explanation.rows]
-
-
-def steps_taken(accumulation: Accumulation) -> int:
-    """Optimizer steps, of the optimizer that has taken most; 0 without any."""
-    return max((link.num_steps for link in accumulation.optimizers), default=0)
 
 
 def _no_place(names: Sequence[str], origin: str) -> ConfigurationError:

@@ -71,6 +71,11 @@ class Accumulation:
             f"{type(model).__name__} was not prepared by this Accelerator. Use the model that prepare() returned."
         )
 
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps really taken, of the optimizer that has taken most; 0 without any."""
+        return max((optimizer.num_steps for optimizer in self.optimizers), default=0)
+
     def open_windows(self) -> list[Window]:
         """The windows that wait for further micro-batches."""
         return [window for window in self._shared.values() if not window.closing]

@@ -61,7 +61,7 @@ class Checkpoints:
     @property
     def step(self) -> int:
         """Steps that the optimizers have taken; the most of any of them."""
-        return max((link.num_steps for link in self._accumulation.optimizers), default=0)
+        return self._accumulation.steps_taken
 
     def save(self, path: Path | None, *, metrics: Mapping[str, float] | None, keep: Keep, in_background: bool) -> Path:
         """Write a checkpoint, after the one that may still be written; see `Accelerator.save_state`."""
