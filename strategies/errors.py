@@ -19,7 +19,8 @@ Catch `AcceleratorError` for all of them. Messages say what came, what was expec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class AcceleratorError(Exception):
@@ -77,3 +78,9 @@ class ConformanceError(AcceleratorError, AssertionError):
 def listed(names: Sequence[str]) -> str:
     """The names for a message, at most twenty of them."""
     return ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the option nearest to `word`, or nothing."""
+    near = difflib.get_close_matches(word, list(options), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -6,12 +6,11 @@ entry-point group `accelerator.strategies`. Classes are imported only when asked
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, nearest
 
 if TYPE_CHECKING:
     from .base import Strategy
@@ -47,10 +46,9 @@ def resolve(name: str) -> type[Strategy]:
         if entry.name == name:
             return _load(name, entry.value)
     options = ["auto", *known_names()]
-    near = difflib.get_close_matches(name.lower(), options, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigurationError(
-        f"strategy is {name!r}; expected one of {', '.join(options)}, or 'package.module:Class'.{hint}"
+        f"strategy is {name!r}; expected one of {', '.join(options)}, or 'package.module:Class'."
+        f"{nearest(name.lower(), options)}"
     )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from accelerator.config.values import nearest
-from strategies.errors import AcceleratorError
+from strategies.errors import AcceleratorError, nearest
 
 from .checkpoints import export
 from .checkpoints import main as checkpoint

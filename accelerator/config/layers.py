@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from strategies.errors import ConfigurationError
+from strategies.errors import ConfigurationError, nearest
 
 from .settings import catalogue
 from .toml import line_of, read_toml
-from .values import Given, nearest
+from .values import Given
 
 PREFIX = "ACCELERATOR_"
 CONFIG_VARIABLE = "ACCELERATOR_CONFIG"

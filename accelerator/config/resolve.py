@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from strategies.errors import ConfigurationError
+from strategies.errors import ConfigurationError, nearest
 
 from .layers import (
     CONFIG_VARIABLE,
@@ -22,7 +22,7 @@ from .layers import (
     strategy_names,
 )
 from .settings import LaunchSettings, Settings, catalogue
-from .values import Given, convert, nearest
+from .values import Given, convert
 
 if TYPE_CHECKING:
     from strategies.base import Strategy

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
-from strategies.errors import ConfigurationError
+from strategies.errors import ConfigurationError, nearest
 
 NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "none"}
 
@@ -30,12 +29,6 @@ class Given:
     value: object
     origin: str
     kind: Literal["file", "text", "code"]
-
-
-def nearest(word: str, options: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the option nearest to `word`, or nothing."""
-    near = difflib.get_close_matches(word, list(options), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def describe(hint: object, *, minimum: object = None, form: str | None = None) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accelerator.config.values import nearest
-from strategies.errors import ConfigurationError
+from strategies.errors import ConfigurationError, nearest
 
 from .accelerate_fsdp import FSDP, XLA, XLA_SETTINGS
 from .accelerate_keys import DEEPSPEED, DYNAMO, KINDS, MACHINE, PARALLELISM, strategy_for

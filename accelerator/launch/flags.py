@@ -8,8 +8,8 @@ from typing import get_args
 
 from accelerator.config.layers import flag_of
 from accelerator.config.settings import catalogue
-from accelerator.config.values import describe, nearest
-from strategies.errors import LaunchError
+from accelerator.config.values import describe
+from strategies.errors import LaunchError, nearest
 
 USAGE = (
     "accelerator launch [flags] script.py [arguments of the script]\n       accelerator launch [flags] -m module [...]"

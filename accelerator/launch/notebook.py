@@ -15,8 +15,7 @@ from typing import Any
 from accelerator.config import FLAGS_VARIABLE, resolve_settings
 from accelerator.config.layers import flag_of
 from accelerator.config.settings import catalogue
-from accelerator.config.values import nearest
-from strategies.errors import LaunchError
+from strategies.errors import LaunchError, nearest
 
 PROCESSES = "accelerator.launch.notebook_processes"
 SECONDS_TO_END = 40.0

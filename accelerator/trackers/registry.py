@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Sequence
 from importlib import metadata
 
-from strategies.errors import ConfigurationError
+from strategies.errors import ConfigurationError, nearest
 
 from .tracker import Tracker
 
@@ -62,10 +61,9 @@ def _made(name: str, origin: str) -> Tracker:
         entries = {entry.name: entry.value for entry in metadata.entry_points(group=ENTRY_POINT_GROUP)}
         if name not in entries:
             options = known_names()
-            near = difflib.get_close_matches(name.lower(), options, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigurationError(
-                f"trackers names {name!r} ({origin}); expected {', '.join(options)} or 'package.module:Class'.{hint}"
+                f"trackers names {name!r} ({origin}); expected {', '.join(options)} or 'package.module:Class'."
+                f"{nearest(name.lower(), options)}"
             )
         path = entries[name]
     module, _, attribute = path.partition(":")

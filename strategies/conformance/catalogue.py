@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..base import Strategy
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, nearest
 from .rule import Rule
 from .rules.beginnings import exceptions_leave_nothing, init_context_keeps_numbers
 from .rules.exchange import communication_at_close, no_communication_in_open_window
@@ -66,6 +65,4 @@ def find_rule(name: str) -> Rule:
     """The rule of this name. Raises `ConfigurationError` for an unknown one, naming the nearest."""
     if name in RULES:
         return RULES[name]
-    near = difflib.get_close_matches(name, RULES, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigurationError(f"rule is {name!r}; expected one of {', '.join(RULES)}.{hint}")
+    raise ConfigurationError(f"rule is {name!r}; expected one of {', '.join(RULES)}.{nearest(name, RULES)}")
