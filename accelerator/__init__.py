@@ -1,6 +1,8 @@
 """Five lines around a PyTorch training loop: one loop, any hardware, the same numbers, or a clear error."""
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 import strategies as _strategies
 
@@ -16,7 +18,9 @@ from strategies import CPU, DDP, AcceleratorError, SingleDevice, Strategy
 from .accelerator import Accelerator
 from .batch_size import find_executable_batch_size
 from .config import NOT_GIVEN
-from .launch import notebook_launcher
+
+if _TYPE_CHECKING:
+    from .launch import notebook_launcher
 
 __all__ = [
     "CPU",
@@ -30,3 +34,11 @@ __all__ = [
     "notebook_launcher",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "notebook_launcher":  # a script that is being launched needs nothing of the launcher
+        from .launch import notebook_launcher
+
+        return notebook_launcher
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,9 @@
 """Where a training loop meets its hardware: the contract of a strategy, the built-in ones, and what they share."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+from . import registry as _registry
 from .base import Strategy
 from .ddp import DDP
 from .errors import (
@@ -17,11 +21,13 @@ from .errors import (
     StateError,
     StepError,
 )
-from .fsdp import FSDP
 from .precision import Precision
 from .single import CPU, SingleDevice
 from .world import World
-from .xla import XLA
+
+if _TYPE_CHECKING:
+    from .fsdp import FSDP
+    from .xla import XLA
 
 __all__ = [
     "CPU",
@@ -46,3 +52,9 @@ __all__ = [
     "Strategy",
     "World",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name in ("FSDP", "XLA"):  # what most runs do not use is imported when it is asked for
+        return _registry.resolve(name.lower())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
