@@ -18,6 +18,7 @@ from strategies import CPU, DDP, AcceleratorError, SingleDevice, Strategy
 from .accelerator import Accelerator
 from .batch_size import find_executable_batch_size
 from .config import NOT_GIVEN
+from .ema import EMA
 
 if _TYPE_CHECKING:
     from .launch import notebook_launcher
@@ -25,6 +26,7 @@ if _TYPE_CHECKING:
 __all__ = [
     "CPU",
     "DDP",
+    "EMA",
     "NOT_GIVEN",
     "Accelerator",
     "AcceleratorError",

@@ -145,6 +145,18 @@ def _reshard_without_backward(model: nn.Module, inputs: Any, outputs: Any) -> No
             module.reshard()
 
 
+def release_gathered(model: nn.Module) -> None:
+    """Release what an aborted forward left gathered, so that the next one gathers what the parts hold then.
+
+    Gradients of an open window stay. Between a forward and its backward it is not to be called.
+    """
+    for module in _sharded_modules(model):
+        for group in _groups(module):
+            if group._all_gather_result is not None:  # gathered ahead, for a block that was never reached
+                group.wait_for_unshard()
+            group._to_sharded()  # its reshard() leaves a group that was inside a forward as it is
+
+
 def _groups(module: Any) -> list[Any]:
     """The groups of parameters that `fully_shard` made of one module; torch 2.9 has one or none."""
     state = module._get_fsdp_state()

@@ -160,6 +160,11 @@ class Content:
             for parameter_name, values in state["optimizers"][name]["state"].items():
                 for tensor in names_of_tensors(values):
                     targets[tensor] = _like(parameters[parameter_name], *index[tensor])
+        for name, item in self.registered.items():
+            here: dict[str, Tensor] = {}
+            encode(item.state_dict(), f"registered/{name}", here)
+            cut = {tensor: value for tensor, value in here.items() if tensor in index and is_sharded(value)}
+            targets |= {tensor: _like(value, *index[tensor]) for tensor, value in cut.items()}
         for tensor in names_of_tensors({kind: value for kind, value in state.items() if kind != "windows"}):
             if tensor not in targets:
                 shape, dtype = index[tensor]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from ..errors import PrepareError, StateError, StepError
+from ..sharded_model import release_gathered
 from ..shards import is_sharded
 from .view import View, make_view
 from .weights import LoadingWhole, empty_parameters, warn_of_empty
@@ -101,6 +102,11 @@ class ModelLink:
             return self.original.load_state_dict(state, strict)
         with LoadingWhole():
             return self.original.load_state_dict(state, strict)
+
+    def release_gathered(self) -> None:
+        """Have the next forward gather parameters anew, because their parts are written by hand."""
+        if self._sharded:
+            release_gathered(self.original)
 
     @property
     def sharded_parameters(self) -> Mapping[str, Parameter]:

@@ -245,3 +245,7 @@ def test_change_world_size(run: Player, tmp_path: Path) -> None:
 
 def test_profile_a_run(run: Player) -> None:
     assert run("profile_a_run") == promised("profile_a_run")
+
+
+def test_average_weights(run: Player) -> None:
+    assert run("average_weights", nproc=2, strategy="fsdp") == promised("average_weights")
