@@ -318,24 +318,30 @@ class Accelerator(Ranks):
             lambda: self._checkpoints.save(target, metrics=metrics, keep=keep, in_background=async_)
         )
 
-    def load_state(self, path: str | os.PathLike[str] | None = None) -> Path:
+    def load_state(
+        self, path: str | os.PathLike[str] | None = None, *, on_drift: Literal["warn", "error"] = "warn"
+    ) -> Path:
         """Go on from a checkpoint, on any strategy and number of processes; return its folder. Collective.
 
         Without `path`, from the newest in `project_dir` that is whole. Every file is verified before anything is
-        changed. Raises `StateError` if there is none, or if it does not fit what is prepared.
+        changed. Raises `StateError` if there is none, or if it does not fit what is prepared. `on_drift`: see `resume`.
         """
         if path is not None:
-            self._checkpoints.load(Path(path))
+            self._checkpoints.load(Path(path), on_drift)
             self._record.resumed()
             return Path(path)
-        found = self.resume()
+        found = self.resume(on_drift=on_drift)
         if found is None:
             raise StateError(f"load_state() found no checkpoint in {str(self._checkpoints.folder)!r}; give its path")
         return found
 
-    def resume(self) -> Path | None:
-        """Go on from the newest whole checkpoint in `project_dir`, if there is one; `None` if not. Collective."""
-        found = self._checkpoints.resume()
+    def resume(self, *, on_drift: Literal["warn", "error"] = "warn") -> Path | None:
+        """Go on from the newest whole checkpoint in `project_dir`, if there is one; `None` if not. Collective.
+
+        The first step is compared with the one that followed the checkpoint: its data, losses and gradient norm. The
+        result goes to the log; with `on_drift="error"` the step raises `StateError` for wrong data and for a drift.
+        """
+        found = self._checkpoints.resume(on_drift)
         if found is not None:
             self._record.resumed()
         return found

@@ -45,7 +45,7 @@ class Ledger(Observer):
         self._accumulation = accumulation
         self._cursors: dict[int, Cursor] = {}  # the pass that each loader is in
 
-    def batch_taken(self, cursor: Cursor) -> None:
+    def batch_taken(self, cursor: Cursor, batch: object) -> None:
         """Note the samples of the batch that the loop gets."""
         view: Any = cursor.loader
         link = view._link

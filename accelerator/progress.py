@@ -34,7 +34,7 @@ class _Watch(Observer):
         self.samples = 0
         self._batch = 0
 
-    def batch_taken(self, cursor: Cursor) -> None:
+    def batch_taken(self, cursor: Cursor, batch: object) -> None:
         """A batch, perhaps to train on."""
         self._batch = cursor.samples
 

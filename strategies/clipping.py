@@ -24,20 +24,27 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, norm_type: flo
     on every rank. Follows Pascanu et al. 2013, arXiv:1211.5063, section 3.2, as
     `torch.nn.utils.clip_grad_norm_` does.
     """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not any(is_sharded(gradient) for gradient in gradients):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+    total = total_norm(parameters, norm_type)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], (max_norm / (total + 1e-6)).clamp(max=1.0))
+    return total
+
+
+def total_norm(parameters: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The joint norm of the gradients: a scalar on their device, the same on every rank, all of which call it."""
     held = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = [parameter.grad for parameter in held if parameter.grad is not None]
     if not any(is_sharded(gradient) for gradient in gradients):
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        return torch.nn.utils.get_total_norm(gradients, norm_type)
     norm_type = float(norm_type)
     parts = [local(gradient) for gradient in gradients]
     norms = torch._foreach_norm([part if part.numel() else part.new_zeros(1) for part in parts], norm_type)
     if math.isinf(norm_type):
-        total = sum_over_shards(list(zip(held, norms, strict=True)), dist.ReduceOp.MAX)
-    else:
-        powers = torch._foreach_pow(norms, norm_type)
-        total = sum_over_shards(list(zip(held, powers, strict=True)), dist.ReduceOp.SUM) ** (1.0 / norm_type)
-    torch._foreach_mul_(parts, (max_norm / (total + 1e-6)).clamp(max=1.0))
-    return total
+        return sum_over_shards(list(zip(held, norms, strict=True)), dist.ReduceOp.MAX)
+    powers = torch._foreach_pow(norms, norm_type)
+    return sum_over_shards(list(zip(held, powers, strict=True)), dist.ReduceOp.SUM) ** (1.0 / norm_type)
 
 
 def clip_grad_value(parameters: Sequence[Tensor], clip_value: float) -> None:

@@ -24,8 +24,8 @@ class Observer:
     def batch_wanted(self, loader: DataLoader[object]) -> None:
         """The loop asks `loader` for its next batch."""
 
-    def batch_taken(self, cursor: Cursor) -> None:
-        """The loop gets a batch; `cursor` tells its loader, epoch, index and samples."""
+    def batch_taken(self, cursor: Cursor, batch: object) -> None:
+        """The loop gets `batch`; `cursor` tells its loader, epoch, index and samples."""
 
     def micro_batch_begun(self, window: Window) -> None:
         """`accumulate` was entered; `window.closing` tells whether this micro-batch closes the window."""

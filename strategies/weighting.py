@@ -35,6 +35,7 @@ class Weighting:
         # first that weighs anything: one all-reduce). It keeps gradients near their true size until the true sum is
         # known, so that float16 does not overflow; it is the same on all ranks, as the reference must be.
         self.unit: float | Tensor | None = None
+        self.latest: float | Tensor = 0.0  # of the micro-batch that had a backward last
         self._num_parts = 1
         self._reference: float | Tensor | None = 1.0
         self._deferred = False
@@ -91,7 +92,7 @@ class Weighting:
             known: float | Tensor = float(cursor.samples) if cursor is not None else 1.0
         else:
             known = self._given(_checked(weight), cursor, again)
-        self._explicit = explicit
+        self._explicit, self.latest = explicit, known
         if not again:
             self._sum = self._sum + known
         if self._reference is None:  # nothing has weighed anything yet, on any rank

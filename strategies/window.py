@@ -121,6 +121,11 @@ class Window:
         for observer in accumulation.observers:
             observer.micro_batch_ended(self)
 
+    @property
+    def cursor(self) -> Cursor | None:
+        """The pass that the micro-batch that is open, or was last, comes from; `None` for data of the loop's own."""
+        return self._cursor
+
     def begin_alone(self) -> None:
         """Make a window of the batch that the loop holds, for a backward outside `accumulate`.
 

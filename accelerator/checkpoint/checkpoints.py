@@ -7,17 +7,18 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch.distributed as dist
 from torch import Tensor
 
 from strategies import collectives
 from strategies.accumulation import Accumulation
-from strategies.errors import PrepareError, StateError
+from strategies.errors import ConfigurationError, PrepareError, StateError
 
 from . import folder as folders
 from . import loading, retention, saving
+from .certificate import Awaited, Certificates, OnDrift
 from .peers import Peers
 from .preemption import REQUEUE, Timetable
 from .retention import Health, Keep, Verdict
@@ -34,6 +35,7 @@ class Checkpoints:
         self._peers = Peers(accumulation.world)
         self._timetable = Timetable(accumulation.world)
         self._registered: list[Any] = []
+        self._certificates = Certificates(accumulation, about, self._peers)
         self._health: Health | None = None
         self._loaded: str | None = None
         self._group: dist.ProcessGroup | None = None  # that of saves in the background
@@ -72,13 +74,14 @@ class Checkpoints:
         about = {**self._about, "step": self.step, "metrics": _numbers(metrics or {})}
         draft = saving.collect(self._accumulation, self._registered, about, self._peers)
         verdict = self._watched().judge(keep.healthy_after) if keep.deletes else Verdict()
+        awaited = self._certificates.saved(target.absolute())
         if not in_background:
-            self._finish(draft, target.absolute(), beside, keep, verdict, self._peers)
+            self._finish(draft, awaited, beside, keep, verdict, self._peers)
         else:
             draft = draft.staged(self._staging)
             self._staging = draft.tensors
             peers = Peers(self._accumulation.world, self._own_group())
-            arguments = (draft, target.absolute(), beside, keep, verdict, peers)
+            arguments = (draft, awaited, beside, keep, verdict, peers)
             self._in_flight = threading.Thread(target=self._finish_later, args=arguments, name="save_state")
             self._in_flight.start()
         if self._health is not None:
@@ -97,12 +100,12 @@ class Checkpoints:
         if failure is not None:
             raise failure
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, on_drift: OnDrift) -> None:
         """Load one checkpoint."""
-        self._meet("load_state", path)
+        self._meet("load_state", path, _checked(on_drift))
         self.wait()
         path = path.absolute()
-        self._load(path, loading.verified(path, self._peers))
+        self._load(path, loading.verified(path, self._peers), on_drift)
 
     def due(self, *, every_steps: int | None, every_minutes: float | None, signals: Sequence[str]) -> bool:
         """Whether a checkpoint is due; see `Accelerator.checkpoint_due`."""
@@ -122,17 +125,18 @@ class Checkpoints:
         self._timetable.signals.close()
         self.wait()
 
-    def resume(self) -> Path | None:
+    def resume(self, on_drift: OnDrift) -> Path | None:
         """Load the one written last of those that are whole, if there is any."""
-        self._meet("resume", None)
+        self._meet("resume", None, _checked(on_drift))
         self.wait()
         found = loading.newest(self.folder.absolute(), self._peers)
         if found is not None:
-            self._load(*found)
+            self._load(*found, on_drift)
         return found[0] if found is not None else None
 
-    def _load(self, path: Path, manifest: dict[str, Any]) -> None:
+    def _load(self, path: Path, manifest: dict[str, Any], on_drift: OnDrift) -> None:
         loading.load(path, manifest, self._accumulation, self._registered, self._peers)
+        self._certificates.loaded(path, manifest, on_drift)
         self._loaded = path.name
         self._timetable.loaded(self.step)
         if self._health is not None:
@@ -151,11 +155,13 @@ class Checkpoints:
             self._accumulation.observers.append(self._health)
         return self._health
 
-    def _finish(self, draft: Draft, target: Path, beside: bool, keep: Keep, verdict: Verdict, peers: Peers) -> None:
-        saving.write(draft, target, peers, beside=beside)
+    def _finish(self, draft: Draft, awaited: Awaited, beside: bool, keep: Keep, verdict: Verdict, peers: Peers) -> None:
+        saving.write(draft, awaited.target, peers, beside=beside)
+        if peers.world.is_main:
+            awaited.committed()
         if keep.deletes:
             good = frozenset.intersection(*(one.good for one in peers.gather(verdict)))
-            peers.on_main(lambda: retention.delete(target, keep, replace(verdict, good=good)))
+            peers.on_main(lambda: retention.delete(awaited.target, keep, replace(verdict, good=good)))
 
     def _finish_later(self, *arguments: Any) -> None:
         try:
@@ -168,6 +174,12 @@ class Checkpoints:
         if self._group is None and self._accumulation.world.size > 1:
             self._group = dist.new_group(backend="gloo")
         return self._group
+
+
+def _checked(on_drift: str) -> str:
+    if on_drift not in get_args(OnDrift):
+        raise ConfigurationError(f"on_drift is {on_drift!r}; expected one of {', '.join(map(repr, get_args(OnDrift)))}")
+    return f"on_drift={on_drift!r}"
 
 
 def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -146,7 +146,7 @@ class Content:
         return wrong
 
     def targets(self, state: Mapping[str, Any], index: Index) -> dict[str, Tensor]:
-        """The tensors to be read: those of the models in their place, others new, cut as their parameter is."""
+        """The tensors to be read: in their place where they are there, others new, cut as their parameter is."""
         targets: dict[str, Tensor] = {}
         for name, link in self.models.items():
             values = link.original.state_dict(keep_vars=True)
@@ -156,10 +156,7 @@ class Content:
                 if tensor in index and isinstance(value, Tensor):
                     targets[tensor] = value.detach() if id(value) in live else _like(value, *index[tensor])
         for name, link in self.optimizers.items():
-            parameters = {self._parameter_names(link)[id(p)]: p for p in link.parameters()}
-            for parameter_name, values in state["optimizers"][name]["state"].items():
-                for tensor in names_of_tensors(values):
-                    targets[tensor] = _like(parameters[parameter_name], *index[tensor])
+            targets |= self._targets_of_optimizer(name, link, state["optimizers"][name]["state"], index)
         for name, item in self.registered.items():
             here: dict[str, Tensor] = {}
             encode(item.state_dict(), f"registered/{name}", here)
@@ -169,6 +166,20 @@ class Content:
             if tensor not in targets:
                 shape, dtype = index[tensor]
                 targets[tensor] = torch.empty(shape, dtype=dtype)
+        return targets
+
+    def _targets_of_optimizer(self, name: str, link: Any, state: Mapping[str, Any], index: Index) -> dict[str, Tensor]:
+        names = self._parameter_names(link)
+        targets: dict[str, Tensor] = {}
+        for parameter in link.parameters():
+            path = f"optimizer/{name}/state/{names[id(parameter)]}"
+            held = link.original.state.get(parameter, {})
+            places = {f"{path}/{key}": value.detach() for key, value in held.items() if isinstance(value, Tensor)}
+            for tensor in names_of_tensors(state.get(names[id(parameter)], {})):
+                place = places.get(tensor)
+                if place is None or (place.shape, place.dtype) != index[tensor]:
+                    place = _like(parameter, *index[tensor])
+                targets[tensor] = place
         return targets
 
     def apply(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{9})")
 _HIDDEN = ".writing-"
 _OLD = ".old-"
-_BLOCK = 2**22
+_BLOCK = 2**20  # fits the cache of a core: what was digested there is written from there
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,56 @@ class FileEntry:
 
     size: int
     digest: str
+
+
+class Digested:
+    """A binary file that is written through it from its begin to its end, and digested on the way."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = xxhash.xxh3_128()
+        self._size = 0
+
+    @property
+    def entry(self) -> FileEntry:
+        """What was written so far."""
+        return FileEntry(self._size, self._digest.hexdigest())
+
+    def write(self, data: Any) -> int:
+        """Append bytes, or what gives its memory as bytes."""
+        view = memoryview(data)
+        for start in range(0, len(view), _BLOCK):
+            block = view[start : start + _BLOCK]
+            self._digest.update(block)
+            self._file.write(block)
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """How many bytes were written."""
+        return self._size
+
+    def flush(self) -> None:
+        """Hand all to the system."""
+        self._file.flush()
+
+    def fileno(self) -> int:
+        """The descriptor of the file."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def write_file(path: Path, content: bytes) -> FileEntry:
+    """Write a file and put it on the disk."""
+    with path.open("wb") as raw:
+        file = Digested(raw)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return file.entry
 
 
 def name_of(step: int) -> str:
@@ -74,15 +124,16 @@ def entry_of(path: Path) -> FileEntry:
     """Size and digest of a file, read block by block."""
     digest = xxhash.xxh3_128()
     size = 0
+    block = memoryview(bytearray(_BLOCK))  # one for all: new memory for each costs more than the digest
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
+        while read := file.readinto(block):
+            digest.update(block[:read])
+            size += read
     return FileEntry(size, digest.hexdigest())
 
 
 def flush(path: Path) -> None:
-    """Have the system put a file, or the names in a folder, on the disk."""
+    """Have the system put the names in a folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -94,10 +145,7 @@ def commit(hidden: Path, target: Path, files: Mapping[str, FileEntry], about: Ma
     """Write the manifest of the files in `hidden`, and put the folder in its place as `target`. One rank calls it."""
     listed = {name: {"size": entry.size, "xxh3_128": entry.digest} for name, entry in sorted(files.items())}
     body = {"format": FORMAT, **about, "files": listed}
-    text = json.dumps({**body, "digest": digest_of(body)}, indent=1)
-    manifest = hidden / MANIFEST
-    manifest.write_text(text)
-    flush(manifest)
+    write_file(hidden / MANIFEST, json.dumps({**body, "digest": digest_of(body)}, indent=1).encode())
     for folder in {(hidden / name).parent for name in files} | {hidden}:
         flush(folder)
     if target.exists():  # an older one of the same step: out of the way in one rename, and only then deleted

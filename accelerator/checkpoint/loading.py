@@ -53,15 +53,20 @@ def newest(parent: Path, peers: Peers) -> tuple[Path, dict[str, Any]] | None:
 def verified(path: Path, peers: Peers) -> dict[str, Any]:
     """The manifest of a checkpoint every file of which is as it was written; each rank looks at a part. Collective."""
     world = peers.world
-    manifest = peers.together(lambda: folders.read_manifest(path))
-    places = peers.gather((str(path), folders.digest_of(manifest)))
+    manifest: dict[str, Any] = {}
+
+    def place() -> tuple[str, str]:
+        manifest.update(folders.read_manifest(path))
+        return str(path), folders.digest_of(manifest)
+
+    places = peers.each(place)
     if len({digest for _, digest in places}) > 1:
         raise StateError(
             f"ranks see other checkpoints in {sorted({place for place, _ in places})}. Give all ranks the same path, "
             "on a disk that all machines share."
         )
-    wrong = peers.together(lambda: folders.what_is_wrong(path, manifest, world.rank, world.size))
-    everywhere = [item for part in peers.gather(wrong) for item in part]
+    wrong = peers.each(lambda: folders.what_is_wrong(path, manifest, world.rank, world.size))
+    everywhere = [item for part in wrong for item in part]
     if everywhere:
         raise StateError(f"{str(path)!r} is not as it was written: {'; '.join(everywhere[:5])}")
     return manifest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -33,17 +33,24 @@ class Peers:
 
     def together(self, function: Callable[[], T]) -> T:
         """Call `function`; raise `StateError` on every rank if it failed on any, with the reason. Collective."""
+        result: list[T] = []
+        self.each(lambda: result.append(function()))
+        return result[0]
+
+    def each(self, function: Callable[[], T]) -> list[T]:
+        """What `function` returns on every rank, pickled; raise as `together` does. Collective."""
         error: Exception | None = None
+        result: T | None = None
         try:
             result = function()
         except (OSError, StateError) as problem:
             error = problem
-        reasons = self.gather(None if error is None else str(error))
-        failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
+        everyone = self.gather((None if error is None else str(error), result))
+        failed = [(rank, reason) for rank, (reason, _) in enumerate(everyone) if reason is not None]
         if failed:
             rank, reason = failed[0]
             raise StateError(reason if len(failed) == self.world.size else f"rank {rank}: {reason}") from error
-        return result
+        return cast(list[T], [one for _, one in everyone])
 
     def on_main(self, function: Callable[[], Any]) -> None:
         """Have rank 0 call `function`; raise on every rank if it failed there. Collective."""

@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies import World
 from strategies.accumulation import Accumulation
 from strategies.errors import StateError
 
@@ -69,12 +68,10 @@ def write(draft: Draft, target: Path, peers: Peers, *, beside: bool) -> None:
         try:
             peers.on_main(hidden.mkdir)
             peers.together(lambda: _find(hidden, place))
-            tensors.write(draft.tensors, hidden / TENSORS, world, peers.group)
-            peers.on_main(lambda: (hidden / STATE).write_text(json.dumps(draft.state)))
-            entries = peers.gather(peers.together(lambda: _digests(hidden, world)))
-            listed = {name: entry for part in entries for name, entry in part.items()}
-            peers.on_main(lambda: _check_complete(hidden, listed))
-            peers.on_main(lambda: folders.commit(hidden, target, listed, draft.about))
+            written = tensors.write(draft.tensors, hidden / TENSORS, world, peers.group)
+            mine = {f"{TENSORS}/{name}": entry for name, entry in written.items()}
+            listed = {name: entry for part in peers.gather(mine) for name, entry in part.items()}
+            peers.on_main(lambda: _commit(draft, hidden, target, listed))
         except BaseException:
             if world.is_main:
                 shutil.rmtree(hidden, ignore_errors=True)
@@ -118,22 +115,20 @@ def _find(hidden: Path, place: str) -> None:
         )
 
 
-def _check_complete(hidden: Path, listed: Mapping[str, folders.FileEntry]) -> None:
-    """Raise `StateError` if files of the index were not seen by the rank that had to read them."""
-    missing = sorted(f"{TENSORS}/{name}" for name in tensors.files_of(hidden / TENSORS))
-    missing = [name for name in missing if name not in listed]
-    if missing:
-        raise StateError(f"not all ranks see the files of {str(hidden)!r}: {', '.join(missing[:5])}")
+def _commit(draft: Draft, hidden: Path, target: Path, files: dict[str, folders.FileEntry]) -> None:
+    """Write what is no tensor, and put the folder in its place. Raises `StateError` unless all files are here."""
+    missing = [name for name, entry in files.items() if not _has_size(hidden / name, entry.size)]
+    if missing or not {f"{TENSORS}/{name}" for name in tensors.files_of(hidden / TENSORS)} <= files.keys():
+        raise StateError(
+            f"rank 0 does not see all files that ranks wrote to {str(hidden)!r}: {', '.join(missing[:5])}. Give all "
+            "ranks the same path, on a disk that all machines share."
+        )
+    files[STATE] = folders.write_file(hidden / STATE, json.dumps(draft.state).encode())
+    folders.commit(hidden, target, files, draft.about)
 
 
-def _digests(hidden: Path, world: World) -> dict[str, folders.FileEntry]:
-    """Size and digest of this rank's share of the files, which are put on the disk."""
-    paths = sorted(path for path in hidden.rglob("*") if path.is_file())
-    found = {}
-    for path in paths[world.rank :: world.size]:
-        folders.flush(path)
-        found[path.relative_to(hidden).as_posix()] = folders.entry_of(path)
-    return found
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _versions() -> dict[str, str]:

@@ -21,6 +21,8 @@ from torch import Tensor
 from strategies import World, xla_planners
 from strategies.errors import StateError
 
+from .folder import Digested, FileEntry
+
 _CHECKPOINT = "torch.distributed.checkpoint"
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype | torch.layout)}
 _ALLOWED = {
@@ -80,35 +82,64 @@ def _is_cut_alike(one: Tensor, two: Tensor) -> bool:
     return alike and getattr(one, "placements", None) == getattr(two, "placements", None)
 
 
-def write(tensors: Mapping[str, Tensor], folder: Path, world: World, group: dist.ProcessGroup | None = None) -> None:
-    """Write this rank's part of every tensor, over a process group. Collective; what all ranks have is written once."""
-    from torch.distributed.checkpoint import FileSystemWriter, save
+def write(
+    tensors: Mapping[str, Tensor], folder: Path, world: World, group: dist.ProcessGroup | None = None
+) -> dict[str, FileEntry]:
+    """Write this rank's part of every tensor, over a process group; return the files that this rank wrote. Collective.
+
+    What all ranks have is written once. The files are digested while they are written, and are on the disk at the end.
+    """
+    from torch.distributed.checkpoint import save
     from torch.distributed.checkpoint.api import CheckpointException
 
     folder.mkdir(parents=True, exist_ok=True)
+    writer = _writer(folder)
     background = threading.current_thread() is not threading.main_thread()
     try:
         with nullcontext() if background else _quiet():  # filters of warnings belong to all threads
             if world.size == 1:
-                _write_alone(cast(dict[str, Any], dict(tensors)), folder)
+                _write_alone(cast(dict[str, Any], dict(tensors)), writer)
             else:
-                save(
-                    cast(dict[str, Any], dict(tensors)),
-                    storage_writer=FileSystemWriter(folder, sync_files=False),
-                    process_group=group,
-                )
+                save(cast(dict[str, Any], dict(tensors)), storage_writer=writer, process_group=group)
     except CheckpointException as error:  # derives from BaseException
         raise StateError(f"writing tensors failed: {_first_reason(error)}") from error
     except (OSError, RuntimeError) as error:
         raise StateError(f"writing tensors failed: {error!r}") from error
+    return writer.fs.written()  # type: ignore[no-any-return]
 
 
-def _write_alone(tensors: dict[str, Any], folder: Path) -> None:
+def _writer(folder: Path) -> Any:
+    """Torch's writer to a folder, which puts each file on the disk; its files are digested on their way."""
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    class Files(FileSystem):
+        def __init__(self) -> None:
+            self._files: dict[str, Digested] = {}
+
+        @contextmanager
+        def create_stream(self, path: Any, mode: str) -> Any:
+            with super().create_stream(path, mode) as raw:
+                self._files[Path(path).name] = file = Digested(raw)  # type: ignore[arg-type]
+                yield file
+
+        def rename(self, path: Any, new_path: Any) -> None:
+            super().rename(path, new_path)
+            self._files[Path(new_path).name] = self._files.pop(Path(path).name)
+
+        def written(self) -> dict[str, FileEntry]:
+            return {name: file.entry for name, file in self._files.items()}
+
+    writer = FileSystemWriter(folder)
+    writer.fs = Files()
+    return writer
+
+
+def _write_alone(tensors: dict[str, Any], writer: Any) -> None:
     """What `save` of torch does on one process, without its warning that there is one."""
-    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+    from torch.distributed.checkpoint import DefaultSavePlanner
 
     planner = xla_planners.save_planner() if _is_on_xla(tensors) else DefaultSavePlanner()
-    writer = FileSystemWriter(folder, sync_files=False)
     planner.set_up_planner(tensors, is_coordinator=True)
     writer.set_up_storage_writer(True)
     plan = writer.prepare_local_plan(planner.create_local_plan())

@@ -87,7 +87,7 @@ class HangWatch(Observer):
         """The loop moves."""
         self._events += 1
 
-    def batch_taken(self, cursor: Cursor) -> None:
+    def batch_taken(self, cursor: Cursor, batch: object) -> None:
         """The loop moves."""
         self._events += 1
 

@@ -77,7 +77,7 @@ class NonfiniteSearch(Observer):
 
     # -- what the loop tells -------------------------------------------------------------------------------
 
-    def batch_taken(self, cursor: Cursor) -> None:
+    def batch_taken(self, cursor: Cursor, batch: object) -> None:
         """Remember which samples the loop holds."""
         self._cursor = cursor
 

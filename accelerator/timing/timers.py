@@ -82,7 +82,7 @@ class Timers(Observer):
         """Start of a wait."""
         self._wanted = self._clock()
 
-    def batch_taken(self, cursor: Cursor) -> None:
+    def batch_taken(self, cursor: Cursor, batch: object) -> None:
         """End of it; whether the batch is trained on is not known yet."""
         self._batch = (self._clock() - self._wanted, cursor.samples)
 

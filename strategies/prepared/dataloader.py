@@ -146,7 +146,7 @@ class DataLoaderLink:
                         cursor.grad_enabled = is_grad_enabled()
                         sources.latest = cursor
                         for observer in observers:
-                            observer.batch_taken(cursor)
+                            observer.batch_taken(cursor, batch)
                         yield batch
                         if cursor.last_trained != index:
                             mark_step(world)
@@ -212,7 +212,7 @@ class DataLoaderLink:
             cursor.samples_seen = (num_samples(batch) or 1) if mine else 0
             advance(cursor, index, index == final)
             for observer in self.accumulation.observers:
-                observer.batch_taken(cursor)
+                observer.batch_taken(cursor, batch)
             yield batch
             self._run_untrained(cursor)
 
@@ -250,7 +250,7 @@ class DataLoaderLink:
             source.take(step.taken)
             accumulation.sources.advance(cursor, cursor.index + 1, step.is_last)
             for observer in accumulation.observers:
-                observer.batch_taken(cursor)
+                observer.batch_taken(cursor, batch)
             yield batch
             self._run_untrained(cursor)
 

@@ -51,7 +51,7 @@ def events(folder: Path) -> None:
     number, start = 20_000, time.thread_time()
     for _ in range(number):
         timers.batch_wanted(None)  # type: ignore[arg-type]
-        timers.batch_taken(cursor)
+        timers.batch_taken(cursor, None)
         timers.micro_batch_begun(window)
         timers.backward_begun(window, loss)
         timers.backward_ended(window, loss)
