@@ -19,6 +19,7 @@ from .accelerator import Accelerator
 from .batch_size import find_executable_batch_size
 from .config import NOT_GIVEN
 from .ema import EMA
+from .padding import PadBatches
 
 if _TYPE_CHECKING:
     from .launch import notebook_launcher
@@ -30,6 +31,7 @@ __all__ = [
     "NOT_GIVEN",
     "Accelerator",
     "AcceleratorError",
+    "PadBatches",
     "SingleDevice",
     "Strategy",
     "find_executable_batch_size",

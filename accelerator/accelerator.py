@@ -206,8 +206,8 @@ class Accelerator(Ranks):
         Returns the norm before, a scalar, the same on every rank; `None`, having done nothing, inside an open
         window, so that the loop needs no `if`.
         """
-        held = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if not self._accumulation.finish(held):
+        held = self._accumulation.finish(parameters)
+        if held is None:
             return None
         norm = clipping.clip_grad_norm(held, max_norm, norm_type)
         for observer in self._accumulation.observers:
@@ -219,8 +219,8 @@ class Accelerator(Ranks):
 
         Does nothing inside an open window.
         """
-        held = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if self._accumulation.finish(held):
+        held = self._accumulation.finish(parameters)
+        if held is not None:
             clipping.clip_grad_value(held, clip_value)
 
     @property

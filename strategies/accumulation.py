@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -93,19 +93,20 @@ class Accumulation:
         self._windows.clear()
         self._shared.clear()
 
-    def finish(self, parameters: Sequence[Tensor]) -> bool:
-        """Make the gradients of `parameters` ready to be clipped. False while their window is open.
+    def finish(self, parameters: Iterable[Tensor] | Tensor) -> list[Tensor] | None:
+        """Make the gradients of `parameters` ready to be clipped, and list them. `None` while their window is open.
 
         Raises `StepError` if no prepared optimizer holds any of them.
         """
         current = self.current
         if current is not None and not current.closing and len(current.models) == len(self.models):
-            return False  # whoever holds them waits
+            return None  # whoever holds them waits, and nobody needs to walk through a model for them
+        held = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         owners = {id(p): optimizer for optimizer in self.optimizers for p in optimizer.parameters()}
-        found = list(dict.fromkeys(owners[id(p)] for p in parameters if id(p) in owners))
+        found = list(dict.fromkeys(owners[id(p)] for p in held if id(p) in owners))
         if not found:
             raise StepError(
-                f"clipping got {len(parameters)} parameters, none of which a prepared optimizer holds. "
+                f"clipping got {len(held)} parameters, none of which a prepared optimizer holds. "
                 "Give parameters of a model that prepare() returned: model.parameters()."
             )
         windows = {owner: owner.window for owner in found if owner.window is not None}
@@ -116,10 +117,10 @@ class Accumulation:
                 "window by themselves."
             )
         if is_open != {False}:
-            return False
+            return None
         for owner, window in windows.items():
             window.finish(owner)
-        return True
+        return held
 
     def release(self) -> None:
         """Let go of everything prepared, so that it can be freed before the process group is left."""
@@ -151,7 +152,9 @@ class Accumulation:
         """The open windows of this rank by the names of their models: their state, and gradients by model and name."""
         found = {}
         for window in self.open_windows():
-            gradients = {names[id(model)]: self.strategy.open_gradients(model.wrapped) for model in window.models}
+            gradients = {
+                names[id(model)]: self.strategy.open_gradients(model.wrapped, self.world) for model in window.models
+            }
             found[_joined(window.models, names)] = window.state_dict(), gradients
         return found
 

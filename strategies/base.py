@@ -98,7 +98,7 @@ class Strategy(ABC):
         """
         return born_on(world.device, empty=empty)
 
-    def open_gradients(self, wrapped: nn.Module) -> dict[str, Tensor]:
+    def open_gradients(self, wrapped: nn.Module, world: World) -> dict[str, Tensor]:
         """The gradients that an open window has summed on this rank, by the names of their parameters.
 
         Whole ones are not averaged over ranks yet; those that are cut over ranks are. Not a collective.

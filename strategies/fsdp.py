@@ -251,9 +251,9 @@ class FSDP(Strategy):
         """Forget what an aborted forward or backward left: gathered parameters, gradients of an open window."""
         discard(wrapped)
 
-    def open_gradients(self, wrapped: nn.Module) -> dict[str, Tensor]:
+    def open_gradients(self, wrapped: nn.Module, world: World) -> dict[str, Tensor]:
         """Whole gradients from where `fully_shard` keeps them, or with `reduce_every_micro_batch` cut ones."""
-        return super().open_gradients(wrapped) | held_gradients(wrapped)
+        return super().open_gradients(wrapped, world) | held_gradients(wrapped)
 
     def set_open_gradients(self, wrapped: nn.Module, gradients: Mapping[str, Tensor], world: World) -> None:
         """Put them back there; with `reduce_every_micro_batch`, averaged and cut."""

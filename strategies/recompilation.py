@@ -29,6 +29,7 @@ class Recompilations:
         self._known: dict[tuple[str, ...], int] = {}  # shapes of the batches of a window, and how many windows had them
         self._window: list[str] = []  # shapes of this window's batches so far
         self._last_was_new = False
+        self._is_left = False
         self._begun: tuple[int, int] | None = None  # programs compiled and values read when the first of them was taken
         self._reads = 0
         self._observer: ReadingLines | None = None  # of the window after one that read
@@ -47,11 +48,15 @@ class Recompilations:
                 self._observer.begin()
         self._window.append(describe(batch))
 
+    def leave_window(self) -> None:
+        """Leave this window out: it was saved or restored while it is open, which reads, and cuts its program."""
+        self._is_left = True
+
     def before_run(self) -> None:
         """Look at what was read since the window's first batch was taken: nothing, in a loop that only records."""
         if not torch.is_grad_enabled():
             return
-        self._reads = _num_read() - self._begun[1] if self._begun is not None else 0
+        self._reads = _num_read() - self._begun[1] if self._begun is not None and not self._is_left else 0
         if self._observer is not None and self._observer.end():
             self._tell_of_reads(self._observer.lines)
             self._observer = None
@@ -63,6 +68,9 @@ class Recompilations:
             return
         compiled = _num_compiled() - self._begun[0] if self._begun is not None else 0
         window, self._window, self._begun = tuple(self._window), [], None
+        if self._is_left:
+            self._is_left = False
+            return
         # A loader that reads one batch ahead shows a new shape one step early.
         is_new, self._last_was_new = window not in self._known or self._last_was_new, window not in self._known
         if len(self._known) < _MOST_SHAPES:

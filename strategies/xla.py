@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import blocks, xla_runtime
 from .base import Strategy
@@ -20,7 +20,7 @@ from .tree import iterate_tensors, move
 from .unbiased_variance import correct_running_variance
 from .world import World
 from .xla_checkpointing import recompute_in_backward
-from .xla_layout import Layout, move_model, refuse_others
+from .xla_layout import Layout, lay_out_like, move_model, refuse_others
 
 Shard = Literal["none", "data", "fsdp"]
 _NOTHING = nullcontext()  # may be entered again and again
@@ -138,12 +138,10 @@ class XLA(Strategy):
 
     def mark_step(self, world: World) -> None:
         """Run what was recorded."""
-        import torch_xla
-
         recompilations = _xla(world).recompilations
         recompilations.before_run()
         self._allow_reads(True)
-        torch_xla.sync()
+        xla_runtime.run_recorded()
         recompilations.after_run()
 
     def device_loader(self, batches: Iterator[Any], world: World) -> Iterator[Any]:
@@ -160,6 +158,22 @@ class XLA(Strategy):
                 yield placed
         finally:
             self._allow_reads(True)
+
+    def open_gradients(self, wrapped: nn.Module, world: World) -> dict[str, Tensor]:
+        """What an open window has summed, run in one program, so that it can be read tensor by tensor."""
+        _xla(world).recompilations.leave_window()
+        self._allow_reads(True)
+        xla_runtime.run_recorded()
+        return super().open_gradients(wrapped, world)
+
+    def set_open_gradients(self, wrapped: nn.Module, gradients: Mapping[str, Tensor], world: World) -> None:
+        """Go on with `gradients`, laid out over devices as their parameters are."""
+        if gradients:
+            _xla(world).recompilations.leave_window()
+        super().set_open_gradients(wrapped, gradients, world)
+        for parameter in wrapped.parameters():
+            if parameter.grad is not None:
+                lay_out_like(parameter.grad, parameter)
 
     def init_context(self, world: World, *, empty: bool) -> AbstractContextManager[Any]:
         """Parameters are born on the CPU, whose generator gives the numbers of one process."""

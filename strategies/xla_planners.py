@@ -12,10 +12,12 @@ from typing import Any
 
 def save_planner() -> Any:
     """A planner for `torch.distributed.checkpoint.save`, for tensors on devices of torch_xla and on the CPU."""
+    import torch_xla.core.xla_model as xm
     from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
     class Planner(SPMDSavePlanner):  # type: ignore[misc]  # torch_xla has no annotations
         def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+            xm.wait_device_ops()  # of what is still running, the planner would read what is not there yet
             super().set_up_planner(state_dict, is_coordinator)  # torch warns of planners without storage_meta
 
         def create_local_plan(self) -> Any:

@@ -52,6 +52,19 @@ def seed(value: int) -> None:
     torch_xla.manual_seed(value % 2**63)
 
 
+def run_recorded() -> None:
+    """Run what was recorded. Random numbers go on from the last one drawn, wherever runs lie between them.
+
+    torch_xla begins other ones after each run, so that an evaluation or a checkpoint would change what training draws.
+    """
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+
+    drawn_last = xm.get_rng_state()
+    torch_xla.sync()
+    xm.set_rng_state(drawn_last)
+
+
 def allow_reads(allowed: bool) -> None:
     """Whether values may be read from devices. Forbidden, a read raises and its stack is printed."""
     import torch_xla

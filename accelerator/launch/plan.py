@@ -13,6 +13,7 @@ from pathlib import Path
 
 from accelerator.config import FLAGS_VARIABLE, Resolved
 from strategies.errors import LaunchError
+from strategies.registry import resolve
 
 from .flags import Request
 
@@ -54,7 +55,7 @@ def make_plan(
             f"nnodes is {settings.nnodes!r} ({resolved.origins['launch.nnodes']}); expected MIN:MAX with MIN <= MAX."
         )
     check_target(request, directory)
-    nproc = settings.nproc_per_node or max(1, count_devices())
+    nproc = settings.nproc_per_node or _one_per_device(resolved.settings.strategy, count_devices())
     conf: dict[str, str | int] = {
         key: value for key, _, value in (pair.partition("=") for pair in settings.rdzv_conf.split(",") if pair)
     }
@@ -76,6 +77,12 @@ def make_plan(
             FLAGS_VARIABLE: json.dumps(_flags(request, directory)),
         },
     )
+
+
+def _one_per_device(strategy: str, devices: int) -> int:
+    """One, too, for a strategy that trains in one process. A class of the script's own is not imported to ask it."""
+    alone = devices > 1 and strategy != "auto" and ":" not in strategy and resolve(strategy).single_process
+    return 1 if alone else max(1, devices)
 
 
 def _meeting_point(resolved: Resolved, max_nodes: int, conf: dict[str, str | int]) -> tuple[str, str]:

@@ -111,12 +111,12 @@ class Loop:
 
     def finish_gradients(self, model: nn.Module) -> bool:
         """Have the gradients of `model` reduced, as before clipping. False while its window is open."""
-        return self.accumulation.finish(list(model.parameters()))
+        return self.accumulation.finish(model.parameters()) is not None
 
     def clip_grad_norm(self, model: nn.Module, max_norm: float) -> float | None:
         """Clip, and return the norm before; `None` inside an open window."""
-        parameters = list(model.parameters())
-        if not self.accumulation.finish(parameters):
+        parameters = self.accumulation.finish(model.parameters())
+        if parameters is None:
             return None
         return float(whole(clipping.clip_grad_norm(parameters, max_norm)))
 

@@ -136,6 +136,13 @@ def test_weigh_by_tokens(run: Player, nproc: int) -> None:
     assert unweighted > 100
 
 
+def test_pad_last_batch(run: Player) -> None:
+    output = run("pad_last_batch")
+    weighted, plain = (float(number) for number in re.findall(r"mean +([\d.]+)$", output, re.MULTILINE))
+    assert "lengths 8 8 8 8 8 8\n" in output
+    assert weighted < 1e-5 < 1e-2 < plain
+
+
 def test_train_a_gan(run: Player) -> None:
     output = run("train_a_gan", nproc=2)
     assert "steps G 960  D 960" in output

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +72,14 @@ def evaluating_inside(accelerator: Accelerator, model: Any, optimizer: Any, load
     x.sum().item()
 
 
+def saving(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
+    """Checkpoints, most of them inside a window."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, _ in enumerate(steps(accelerator, model, optimizer, loader)):
+            if number % 3 == 1 or number % 7 == 0:
+                accelerator.save_state(Path(folder) / str(number))
+
+
 def reading(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
     def read(loss: Tensor) -> None:
         loss.item()  # the line to be named
@@ -106,6 +116,7 @@ def loops(strategy: XLA) -> Any:
         "steady windows": warnings_of(strategy, steady, 17 * BATCH + 3, gradient_accumulation_steps=3),
         "steady, forbidden to read": warnings_of(forbidding, steady, 12 * BATCH + 3),
         "evaluating, forbidden to read": warnings_of(forbidding, evaluating_inside, gradient_accumulation_steps=3),
+        "saving, forbidden to read": warnings_of(forbidding, saving, 21 * BATCH, gradient_accumulation_steps=3),
         "reading": warnings_of(strategy, reading),
         "reading, forbidden": warnings_of(forbidding, reading),
         "printing": warnings_of(strategy, printing),

@@ -1,6 +1,6 @@
 """Host time of one window through the library over that of a loop written by hand, interleaved, as a script.
 
-PJRT_DEVICE=CPU python tests/xla/overhead.py [none|data|fsdp] [rounds]
+PJRT_DEVICE=CPU python tests/xla/overhead.py [none|data|fsdp] [rounds] [small|deep]
 
 Times are processor time of the loop's own thread, in which operations are recorded; what the program then takes on the
 devices is the same. Each round times a few windows of both, in turns; the figure is the median of the rounds' ratios.
@@ -13,23 +13,42 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from accelerator import Accelerator
 from strategies.xla import XLAWorld
-from training import BATCH, MODES, STEPS, each_loss, make_data, make_net, make_sgd
+from strategies.xla_layout import re_tie, ties_of
+from training import BATCH, MODES, STEPS, Net, each_loss, make_data, make_net, make_sgd
 
-PER_ROUND, WARM_UP = 4, 8
+WARM_UP = 8
 
 
-def through_the_library(accelerator: Accelerator) -> Iterator[None]:
-    net = make_net()
+class Deep(nn.Module):
+    """Twelve blocks of a transformer without its attention: 72 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(12)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {"small": Net, "deep": Deep}
+
+
+def through_the_library(accelerator: Accelerator, kind: Callable[[], nn.Module]) -> Iterator[None]:
+    net = make_net(kind)
     model, optimizer, loader = accelerator.prepare(net, make_sgd(net), DataLoader(make_data(4096), batch_size=BATCH))
     for _ in itertools.count():
         for x, y, _ in loader:
@@ -42,12 +61,13 @@ def through_the_library(accelerator: Accelerator) -> Iterator[None]:
                 yield
 
 
-def by_hand(accelerator: Accelerator) -> Iterator[None]:
+def by_hand(accelerator: Accelerator, kind: Callable[[], nn.Module]) -> Iterator[None]:
     world = accelerator._world
     assert isinstance(world, XLAWorld)
     device, layout = world.device, world.layout
-    net = make_net().to(device)
-    net.again.weight = net.down.weight
+    net = make_net(kind)
+    ties = ties_of(net)
+    re_tie(net.to(device), ties)
     if layout is not None:
         layout.place_parameters(net)
     optimizer = make_sgd(net)
@@ -65,9 +85,10 @@ def by_hand(accelerator: Accelerator) -> Iterator[None]:
                 yield
 
 
-def main(mode: str, rounds: int) -> None:
+def main(mode: str, rounds: int, kind: str) -> None:
     accelerator = Accelerator(MODES[mode], gradient_accumulation_steps=STEPS)
-    loops = {"ours": through_the_library(accelerator), "hand": by_hand(accelerator)}
+    per_round = 4 if kind == "small" else 1
+    loops = {"ours": through_the_library(accelerator, KINDS[kind]), "hand": by_hand(accelerator, KINDS[kind])}
     for loop in loops.values():
         for _ in range(WARM_UP):
             next(loop)
@@ -78,17 +99,18 @@ def main(mode: str, rounds: int) -> None:
         for name in sorted(loops, reverse=number % 2 == 0):
             xm.wait_device_ops()
             start = time.thread_time()
-            for _ in range(PER_ROUND):
+            for _ in range(per_round):
                 next(loops[name])
-            seconds[name].append((time.thread_time() - start) / PER_ROUND)
+            seconds[name].append((time.thread_time() - start) / per_round)
     ratios = sorted(ours / hand for ours, hand in zip(*seconds.values(), strict=True))
     quartiles = statistics.quantiles(ratios, n=4)
     median = {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
     least = min(seconds["ours"]) / min(seconds["hand"])
-    print(f"{mode}: a window of {STEPS}: {median['ours']:.3f} ms, by hand {median['hand']:.3f} ms of the loop's thread")
+    print(f"{mode}, {kind}, windows of {STEPS}: {median['ours']:.3f} ms of its thread, {median['hand']:.3f} by hand")
     print(f"ratio {quartiles[1]:.3f}, quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}; of the least {least:.3f}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1] if len(sys.argv) > 1 else "data", int(sys.argv[2]) if len(sys.argv) > 2 else 150)
+    mode, rounds, kind = [*sys.argv[1:], *("data", "150", "small")[len(sys.argv) - 1 :]]
+    main(mode, int(rounds), kind)

@@ -20,7 +20,7 @@ import torch_xla
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from accelerator import Accelerator
+from accelerator import Accelerator, PadBatches
 from compilations import loops
 from conformance import rules
 from strategies import XLA
@@ -30,6 +30,7 @@ from training import (
     LENGTH,
     MODES,
     STEPS,
+    counts,
     distance,
     each_loss,
     make_data,
@@ -62,6 +63,33 @@ def by_tokens(strategy: XLA) -> Any:
     return {**distance(came, plain(tokens=True)), "costs": came["costs"]}
 
 
+def padded(strategy: XLA) -> Any:
+    """The last batch of three of a window, filled up with ghosts: the numbers of a short one, without its program."""
+    accelerator = Accelerator(strategy, gradient_accumulation_steps=STEPS)
+    net, twin, data = make_net(), make_net(), make_data(4 * STEPS * BATCH - 5)
+    loader = DataLoader(data, batch_size=BATCH, collate_fn=PadBatches(BATCH))
+    model, optimizer, loader = accelerator.prepare(net, make_sgd(net), loader)
+    costs, before = [], counts()
+    for (x, y, _), weights in loader:
+        with accelerator.accumulate(model):
+            loss = (each_loss(model, x, y) * weights).sum() / weights.sum()
+            accelerator.backward(loss, weight=weights.sum())
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            after = counts()
+            costs.append((after[0] - before[0], after[1] - before[1]))
+            before = after
+    other, (inputs, targets, _) = make_sgd(twin), data.tensors
+    for first in range(0, len(inputs), STEPS * BATCH):
+        own = slice(first, first + STEPS * BATCH)
+        other.zero_grad()
+        each_loss(twin, inputs[own], targets[own]).mean().backward()
+        other.step()
+    weights = weights_of(model)
+    return {"costs": costs, "weights": max(float((weights[n] - w).abs().max()) for n, w in weights_of(twin).items())}
+
+
 def bf16(strategy: XLA) -> Any:
     return distance(train(strategy, mixed_precision="bf16"), plain())
 
@@ -88,12 +116,12 @@ class Blocks(nn.Module):
 
 
 def recomputed(strategy: XLA) -> Any:
-    """Activation checkpointing changes no number: of a run, of one gradient with dropout, of a copy."""
+    """Activation checkpointing changes no number: of a run or of one gradient, with dropout, nor of a copy."""
     again = replace(strategy, activation_checkpointing=True)
     runs, gradients, tanhs = [], [], []
     for chosen in (strategy, again):
         accelerator = Accelerator(chosen, gradient_accumulation_steps=STEPS, seed=1)
-        net = make_net(Blocks)
+        net = make_net(lambda: Blocks(0.5))
         model, optimizer, loader = accelerator.prepare(net, make_sgd(net), DataLoader(make_data(), batch_size=BATCH))
         runs.append(torch.cat([each.cpu() for each in steps(accelerator, model, optimizer, loader)]))
         dropping = accelerator.prepare(make_net(lambda: Blocks(0.5)))
@@ -103,7 +131,7 @@ def recomputed(strategy: XLA) -> Any:
         tanhs.append(torch_xla._XLAC._get_xla_tensors_text(recorded).count("::tanh("))
         gradients.append(torch.cat([gradient.cpu().flatten() for gradient in recorded]))
     x = make_data().tensors[0]
-    copied, loaded = copy.deepcopy(model).cpu(), pickle.loads(pickle.dumps(model)).cpu()
+    copied, loaded = copy.deepcopy(model).cpu().eval(), pickle.loads(pickle.dumps(model)).cpu().eval()
     return {
         "losses": float(((runs[0] - runs[1]).abs() / runs[0]).max()),
         "gradient": float((gradients[0] - gradients[1]).abs().max()),
@@ -236,12 +264,18 @@ def on_cpu(tensor: Tensor) -> Tensor:
 
 
 def dropout(strategy: XLA) -> Any:
-    """Random numbers of the device, under two seeds and none."""
+    """Random numbers of the device, under two seeds, and around an evaluation, which runs what is recorded."""
     drawn = []
-    for seed in (1, 1, 2):
+    for seed, evaluates in ((1, False), (1, True), (2, False)):
         accelerator = Accelerator(strategy, seed=seed)
+        test_loader = accelerator.prepare(DataLoader(make_data(19), batch_size=BATCH))
         ones = torch.ones(64, device=accelerator.device)
-        drawn.append(nn.functional.dropout(ones, 0.5).cpu().tolist())
+        masks = [nn.functional.dropout(ones, 0.5)]
+        with torch.no_grad():
+            for x, *_ in test_loader if evaluates else ():
+                x.sum().item()
+        masks.append(nn.functional.dropout(ones, 0.5))
+        drawn.append([mask.cpu().tolist() for mask in masks])
         accelerator.end_training()
     return {"same": drawn[0] == drawn[1], "other": drawn[0] != drawn[2]}
 
@@ -334,11 +368,16 @@ def export(strategy: XLA) -> Any:
 
 
 PARTS = (
-    sgd, adamw, by_tokens, bf16, recomputed, batch_norm, evaluation, resume, dropout, optimizers, clip_value,
+    sgd, adamw, by_tokens, padded, bf16, recomputed, batch_norm, evaluation, resume, dropout, optimizers, clip_value,
     exceptions, export, loops, rules,
 )  # fmt: skip
 # What one device shows as well as a mesh of several.
-ONLY_UNDER = {"optimizers": ("fsdp",), "loops": ("none", "fsdp"), "recomputed": ("none", "fsdp")}
+ONLY_UNDER = {
+    "optimizers": ("fsdp",),
+    "loops": ("none", "fsdp"),
+    "recomputed": ("none", "fsdp"),
+    "padded": ("none", "fsdp"),
+}
 
 
 def main(mode: str, wanted: list[str]) -> None:

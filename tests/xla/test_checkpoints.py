@@ -1,4 +1,7 @@
-"""A run goes on under XLA from a checkpoint of any strategy, and the other way round, as if it had stayed there."""
+"""A run goes on under XLA from a checkpoint of any strategy, and the other way round, as if it had stayed there.
+
+The checkpoints are written inside a window that is open.
+"""
 
 from __future__ import annotations
 
@@ -39,3 +42,8 @@ def test_a_run_goes_on_from_a_checkpoint_of_any_strategy(runs: Any, writer: str,
     if reader == writer:
         assert first + rest == whole
     assert cut_alike  # optimizer state as its parameters, before the first step
+
+
+def test_random_numbers_go_on_inside_a_window_as_if_it_had_never_stopped(runs: Any) -> None:
+    whole, parts = runs["dropping"]
+    assert parts == whole

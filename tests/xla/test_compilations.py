@@ -29,7 +29,14 @@ def line_of(message: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "loop", ["steady", "steady windows", "steady, forbidden to read", "evaluating, forbidden to read"]
+    "loop",
+    [
+        "steady",
+        "steady windows",
+        "steady, forbidden to read",
+        "evaluating, forbidden to read",
+        "saving, forbidden to read",
+    ],
 )
 def test_a_steady_loop_is_not_warned(messages: dict[str, list[str]], loop: str) -> None:
     assert messages[loop] == []

@@ -52,6 +52,13 @@ def test_explicit_weights_cost_one_more_program_in_the_first_window(of: Of) -> N
     assert costs[6:] == [(0, 1)] * 6
 
 
+@one_and_cut
+def test_a_padded_batch_costs_no_program_and_changes_no_number(of: Of) -> None:
+    result = of("padded")
+    assert [tuple(cost) for cost in result["costs"]] == [(2, 2), (1, 1), (0, 1), (0, 1)]
+    assert result["weights"] < 1e-6
+
+
 def test_tied_weights_stay_tied(of: Of) -> None:
     assert of("sgd")["tied"]
 
@@ -115,7 +122,7 @@ def test_resuming_from_state_dicts_is_exact(of: Of) -> None:
     assert of("resume") == {"weights": 0.0, "same shapes": True, "same before a step": True}
 
 
-def test_seeds_reach_the_device(of: Of) -> None:
+def test_seeds_reach_the_device_and_evaluation_draws_nothing(of: Of) -> None:
     assert of("dropout") == {"same": True, "other": True}
 
 

@@ -34,6 +34,8 @@ def test_processes_are_what_was_asked_else_one_per_device_else_one(folder: Path)
     assert plan(folder, "--nproc-per-node", "3", "t.py", devices=2).nproc_per_node == 3
     assert plan(folder, "t.py", devices=2).nproc_per_node == 2
     assert plan(folder, "t.py", devices=0).nproc_per_node == 1
+    assert plan(folder, "--strategy", "xla", "t.py", devices=2).nproc_per_node == 1
+    assert plan(folder, "--strategy", "module:Class", "t.py", devices=2).nproc_per_node == 2
 
 
 @pytest.mark.parametrize(("cores", "nproc", "threads"), [(8, 2, "4"), (7, 2, "3"), (2, 4, "1")])
