@@ -323,13 +323,14 @@ class Accelerator(Ranks):
     ) -> Path:
         """Go on from a checkpoint, on any strategy and number of processes; return its folder. Collective.
 
-        Without `path`, from the newest in `project_dir` that is whole. Every file is verified before anything is
-        changed. Raises `StateError` if there is none, or if it does not fit what is prepared. `on_drift`: see `resume`.
+        Without `path`, which may be a URL of `fsspec`, from the newest in `project_dir` that is whole. Every file is
+        verified before anything is changed. Raises `StateError` if there is none, or if it does not fit what is
+        prepared. `on_drift`: see `resume`.
         """
         if path is not None:
-            self._checkpoints.load(Path(path), on_drift)
+            loaded = self._checkpoints.load(os.fspath(path), on_drift)
             self._record.resumed()
-            return Path(path)
+            return loaded
         found = self.resume(on_drift=on_drift)
         if found is None:
             raise StateError(f"load_state() found no checkpoint in {str(self._checkpoints.folder)!r}; give its path")

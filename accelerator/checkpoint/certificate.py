@@ -138,8 +138,8 @@ class Certificates(Observer):
         self._awaited = [*(one for one in self._awaited if one.target != target), awaited]
         return awaited
 
-    def loaded(self, path: Path, manifest: Mapping[str, Any], on_drift: OnDrift) -> None:
-        """The run goes on from a checkpoint. Collective."""
+    def loaded(self, path: Path, manifest: Mapping[str, Any], on_drift: OnDrift, name: str) -> None:
+        """The run goes on from a checkpoint, which is called `name`. Collective."""
         self._watch()
         self._awaited.clear()
         self._expected = None
@@ -150,10 +150,10 @@ class Certificates(Observer):
             world = manifest.get("world", {}).get("size")
             same = world == self._peers.world.size and manifest.get("strategy") == self._about["strategy"]
             tolerance = 1e-5 if modes == {"no"} else 1e-2
-            self._expected = _Expected(path.name, step, same and len(modes) == 1, tolerance, on_drift)
+            self._expected = _Expected(name, step, same and len(modes) == 1, tolerance, on_drift)
         elif self._peers.world.is_main:
             log = _log.warning if problem or on_drift == "error" else _log.info
-            text = problem or f"{path.name} has no certificate, since no whole step followed it"
+            text = problem or f"{name} has no certificate, since no whole step followed it"
             log("the first step is not compared: %s", text)
 
     def _watch(self) -> None:

@@ -17,7 +17,7 @@ from strategies.accumulation import Accumulation
 from strategies.errors import ConfigurationError, PrepareError, StateError
 
 from . import folder as folders
-from . import loading, retention, saving
+from . import loading, remote, retention, saving
 from .certificate import Awaited, Certificates, OnDrift
 from .peers import Peers
 from .preemption import REQUEUE, Timetable
@@ -100,12 +100,17 @@ class Checkpoints:
         if failure is not None:
             raise failure
 
-    def load(self, path: Path, on_drift: OnDrift) -> None:
-        """Load one checkpoint."""
-        self._meet("load_state", path, _checked(on_drift))
+    def load(self, place: str, on_drift: OnDrift) -> Path:
+        """Load one checkpoint, from a path or a URL."""
+        path = Path(place)
+        self._meet("load_state", place if remote.is_url(place) else path, _checked(on_drift))
         self.wait()
-        path = path.absolute()
-        self._load(path, loading.verified(path, self._peers), on_drift)
+        if remote.is_url(place):
+            with remote.fetched(place, self._peers) as copy:
+                self._load(copy, loading.verified(copy, self._peers, per_machine=True), on_drift, place)
+        else:
+            self._load(path.absolute(), loading.verified(path.absolute(), self._peers), on_drift, path.name)
+        return path
 
     def due(self, *, every_steps: int | None, every_minutes: float | None, signals: Sequence[str]) -> bool:
         """Whether a checkpoint is due; see `Accelerator.checkpoint_due`."""
@@ -131,21 +136,22 @@ class Checkpoints:
         self.wait()
         found = loading.newest(self.folder.absolute(), self._peers)
         if found is not None:
-            self._load(*found, on_drift)
+            self._load(*found, on_drift, found[0].name)
         return found[0] if found is not None else None
 
-    def _load(self, path: Path, manifest: dict[str, Any], on_drift: OnDrift) -> None:
+    def _load(self, path: Path, manifest: dict[str, Any], on_drift: OnDrift, name: str) -> None:
         loading.load(path, manifest, self._accumulation, self._registered, self._peers)
-        self._certificates.loaded(path, manifest, on_drift)
-        self._loaded = path.name
+        self._certificates.loaded(path, manifest, on_drift, name)
+        self._loaded = name
         self._timetable.loaded(self.step)
         if self._health is not None:
-            self._health.loaded(path.name)
+            self._health.loaded(name)
 
-    def _meet(self, call: str, path: Path | None, options: str = "") -> None:
+    def _meet(self, call: str, place: Path | str | None, options: str = "") -> None:
         """Go on once all ranks are in the same call with the same arguments. Raises `CollectiveError` if not."""
-        place = path if path is not None else self._project_dir
-        collectives.meet_alike(call, f"{place and place.absolute()} {options}".rstrip(), self._accumulation.world)
+        place = place if place is not None else self._project_dir
+        where = place.absolute() if isinstance(place, Path) else place
+        collectives.meet_alike(call, f"{where} {options}".rstrip(), self._accumulation.world)
 
     def _watched(self) -> Health:
         if self._health is None:

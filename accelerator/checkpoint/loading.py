@@ -50,9 +50,13 @@ def newest(parent: Path, peers: Peers) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def verified(path: Path, peers: Peers) -> dict[str, Any]:
-    """The manifest of a checkpoint every file of which is as it was written; each rank looks at a part. Collective."""
+def verified(path: Path, peers: Peers, *, per_machine: bool = False) -> dict[str, Any]:
+    """The manifest of a checkpoint every file of which is as it was written; each rank looks at a part. Collective.
+
+    `per_machine`: each machine has a copy of its own.
+    """
     world = peers.world
+    share = (world.local_rank, world.local_size) if per_machine else (world.rank, world.size)
     manifest: dict[str, Any] = {}
 
     def place() -> tuple[str, str]:
@@ -65,7 +69,7 @@ def verified(path: Path, peers: Peers) -> dict[str, Any]:
             f"ranks see other checkpoints in {sorted({place for place, _ in places})}. Give all ranks the same path, "
             "on a disk that all machines share."
         )
-    wrong = peers.each(lambda: folders.what_is_wrong(path, manifest, world.rank, world.size))
+    wrong = peers.each(lambda: folders.what_is_wrong(path, manifest, *share))
     everywhere = [item for part in wrong for item in part]
     if everywhere:
         raise StateError(f"{str(path)!r} is not as it was written: {'; '.join(everywhere[:5])}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from strategies.errors import StateError, listed
 from . import folder as folders
 from . import tensors
 from .loading import read_state
+from .peers import Peers
+from .remote import fetched, is_url
 from .saving import TENSORS
 
 
@@ -32,6 +35,16 @@ class Summary:
     def num_bytes(self) -> int:
         """Of all its files."""
         return sum(entry["size"] for entry in self.manifest.get("files", {}).values())
+
+
+@contextmanager
+def at(place: str) -> Iterator[Path]:
+    """The checkpoint at a path, or a copy of that at a URL of `fsspec`, for the block."""
+    if is_url(place):
+        with fetched(place, Peers(World())) as copy:
+            yield copy
+    else:
+        yield Path(place)
 
 
 def summaries(parent: Path, *, verify: bool) -> Iterator[Summary]:

@@ -32,20 +32,21 @@ def main(argv: Sequence[str]) -> int:
 def export(argv: Sequence[str]) -> int:
     """`accelerator export CHECKPOINT OUT`: the weights of a model as safetensors, on one machine, file by file."""
     parser = argparse.ArgumentParser(prog="accelerator export", description=export.__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a folder that save_state wrote")
+    parser.add_argument("checkpoint", help="a folder that save_state wrote, or its URL of fsspec")
     parser.add_argument("out", help="the folder to write, or a URL of fsspec")
     parser.add_argument("--model", help="which one, where there are several")
     parser.add_argument("--max-shard-size", default="5GB", help="of one file (default: 5GB)")
     asked = parser.parse_args(argv)
-    offline.require_whole(asked.checkpoint)
-    found = offline.models(asked.checkpoint)
-    name = asked.model or next(iter(found), "")
-    if name not in found or (asked.model is None and len(found) > 1):
-        raise StateError(f"model is {asked.model!r}; expected --model with one of {', '.join(map(repr, found))}")
-    sizes = {key: shape.numel() * dtype.itemsize for key, (shape, dtype) in found[name].items()}
-    written = weights.write_files(
-        sizes, lambda names: offline.read_model(asked.checkpoint, name, names), asked.out, asked.max_shard_size
-    )
+    with offline.at(asked.checkpoint) as checkpoint:
+        offline.require_whole(checkpoint)
+        found = offline.models(checkpoint)
+        name = asked.model or next(iter(found), "")
+        if name not in found or (asked.model is None and len(found) > 1):
+            raise StateError(f"model is {asked.model!r}; expected --model with one of {', '.join(map(repr, found))}")
+        sizes = {key: shape.numel() * dtype.itemsize for key, (shape, dtype) in found[name].items()}
+        written = weights.write_files(
+            sizes, lambda names: offline.read_model(checkpoint, name, names), asked.out, asked.max_shard_size
+        )
     print(f"{name}: {len(sizes)} tensors in {written} file{'s' if written > 1 else ''} in {asked.out}")
     return 0
 
