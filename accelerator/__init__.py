@@ -19,6 +19,7 @@ from .accelerator import Accelerator
 from .batch_size import find_executable_batch_size
 from .config import NOT_GIVEN
 from .ema import EMA
+from .local_sgd import LocalSGD
 from .padding import PadBatches
 
 if _TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "NOT_GIVEN",
     "Accelerator",
     "AcceleratorError",
+    "LocalSGD",
     "PadBatches",
     "SingleDevice",
     "Strategy",

@@ -378,6 +378,7 @@ class Accelerator(Ranks):
 
         With `sharded`, as each rank holds them, without communication.
         """
+        self._accumulation.refuse_apart("get_state_dict")
         return export.state_dict(self.unwrap_model(model), self._world, sharded=sharded)
 
     def save_model(self, model: nn.Module, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
@@ -386,6 +387,7 @@ class Accelerator(Ranks):
         Rank 0 writes, one file of at most `max_shard_size` at a time. `transformers` loads the folder; tied
         weights are written once. Raises `StateError` on every rank if writing fails.
         """
+        self._accumulation.refuse_apart("save_model")
         export.save(self.unwrap_model(model), folder, self._world, max_shard_size=max_shard_size)
 
     def load_model(self, model: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Accumulation:
     ) -> None:
         self.strategy = strategy
         self.world = world
+        self.step_world = world  # the ranks whose samples one step averages over; `LocalSGD` makes it this one
         self.precision = precision
         self.steps_for = steps_for
         self.sources = Sources(world)
@@ -75,6 +77,24 @@ class Accumulation:
     def steps_taken(self) -> int:
         """Optimizer steps really taken, of the optimizer that has taken most; 0 without any."""
         return max((optimizer.num_steps for optimizer in self.optimizers), default=0)
+
+    @property
+    def trains_alone(self) -> bool:
+        """Whether each rank steps by its own samples only, so that ranks hold different weights."""
+        return self.step_world is not self.world
+
+    def refuse_apart(self, call: str) -> None:
+        """Raise `StateError` where ranks hold different weights, of which `call` would take one or a mixture."""
+        if self.trains_alone:
+            raise StateError(
+                f"{call}() was called inside LocalSGD, where each rank has weights of its own. Call it after the "
+                "block, whose end averages them."
+            )
+
+    def train_alone(self, alone: bool) -> None:
+        """Have steps be of this rank's samples only, or of all ranks' again. Raises `StepError` in an open window."""
+        self.forget_windows()
+        self.step_world = replace(self.world, rank=0, size=1) if alone else self.world
 
     def open_windows(self) -> list[Window]:
         """The windows that wait for further micro-batches."""

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .errors import ConfigurationError
 from .init_module import born_on
 from .precision import Precision
 from .world import World
@@ -110,6 +111,16 @@ class Strategy(ABC):
         """Go on with an open window that has summed `gradients`: whole, and not averaged over ranks yet. Collective."""
         for name, parameter in self.unwrap(wrapped).named_parameters():
             parameter.grad = gradients[name].to(parameter) if name in gradients else None
+
+    def train_alone(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which this rank trains its copy of a model by itself, for `LocalSGD`.
+
+        Inside, `reduce_gradients` gets a world of one. Raises `ConfigurationError` where ranks cannot train apart.
+        """
+        raise ConfigurationError(
+            f"LocalSGD has each rank train a whole copy of {type(wrapped).__name__} by itself, which "
+            f"{type(self).__name__} does not offer. Use strategy='ddp', or LocalSGD(..., enabled=False)."
+        )
 
     @property
     def buffers_agree(self) -> bool:

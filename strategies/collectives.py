@@ -274,7 +274,10 @@ def _gather_lengths(tensor: Tensor, lengths: Sequence[int], world: World) -> Ten
 
 def _plain(tensor: Tensor) -> Tensor:
     """The same values in memory order, with nothing left to be conjugated or negated on reading."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous()
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    if plain.numel() == 1:  # contiguous() keeps its stride, with which view() does not read it as bytes
+        return plain.clone(memory_format=torch.contiguous_format)
+    return plain.contiguous()
 
 
 def _at_least_1d(tensor: Tensor) -> Tensor:

@@ -128,6 +128,14 @@ class DDP(Strategy):
             return nullcontext()
         return wrapped.no_sync()
 
+    def train_alone(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """`no_sync` of DistributedDataParallel, around all that happens."""
+        if self.static_graph:
+            raise ConfigurationError(
+                "static_graph is True, with which DDP synchronises its first backward; expected False for LocalSGD"
+            )
+        return self.no_sync(wrapped)
+
     def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
         """Gradients were averaged in backward; here ranks take rank 0's buffers, such as running means."""
         for model in wrapped:

@@ -61,6 +61,10 @@ class SingleDevice(Strategy):
         """There is nobody to synchronise with."""
         return _NOTHING
 
+    def train_alone(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """It is alone."""
+        return _NOTHING
+
     def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
         """There is nobody to reduce with."""
 

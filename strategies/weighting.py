@@ -27,10 +27,14 @@ _CALL = "the sum of a window's weights (for weight=, a stream, or a batch that w
 
 
 class Weighting:
-    """The weights of one window, from its first micro-batch to its close."""
+    """The weights of one window, from its first micro-batch to its close.
 
-    def __init__(self, world: World) -> None:
+    `alone`: `world` is this rank only, which then divides by samples of its own; the plan counts those of all ranks.
+    """
+
+    def __init__(self, world: World, *, alone: bool = False) -> None:
         self._world = world
+        self._alone = alone
         # Mean explicit weight of a micro-batch, from the last window that had any (in the first one, from the
         # first that weighs anything: one all-reduce). It keeps gradients near their true size until the true sum is
         # known, so that float16 does not overflow; it is the same on all ranks, as the reference must be.
@@ -58,6 +62,7 @@ class Weighting:
         else:
             self._deferred = False
             self._reference = float(cursor.cut.window_samples(cursor.index, steps))
+        self._deferred = self._deferred or self._alone
 
     def leave_plan(self) -> None:
         """Note that the loop takes another micro-batch than was planned; the true sum then decides."""

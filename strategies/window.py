@@ -36,14 +36,15 @@ class Window:
         self.models = tuple(models)
         self.optimizers = accumulation.optimizers_of(models)
         self.scaler = scaler
-        self._synchronises = accumulation.world.size > 1
+        self._world = accumulation.step_world
+        self._synchronises = self._world.size > 1
         self._has_others = len(accumulation.models) > len(models)
         self.closing = True  # the micro-batch that is open, or was last, ends the window
         self.count = 0  # micro-batches of this window that have ended
         self.num_backward = 0  # backward calls in the micro-batch that is open, or was last
         self.stepped: set[OptimizerLink] = set()
         self._finished: set[OptimizerLink] = set()
-        self.weighting = Weighting(accumulation.world)
+        self.weighting = Weighting(self._world, alone=accumulation.trains_alone)
         self._done: set[int] = set()  # gradients that are corrected and unscaled, by identity
         self._correction: float | Tensor | None = None
         self.steps = 1  # micro-batches of a full window
@@ -263,7 +264,7 @@ class Window:
         if self._synchronises:
             for model in self.models:
                 model.check_parameters()
-        accumulation.strategy.reduce_gradients([model.wrapped for model in self.models], accumulation.world)
+        accumulation.strategy.reduce_gradients([model.wrapped for model in self.models], self._world)
         self._correction = self.weighting.correction()
 
     def may_zero(self, optimizers: Sequence[OptimizerLink]) -> bool:

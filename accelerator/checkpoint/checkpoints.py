@@ -148,7 +148,11 @@ class Checkpoints:
             self._health.loaded(name)
 
     def _meet(self, call: str, place: Path | str | None, options: str = "") -> None:
-        """Go on once all ranks are in the same call with the same arguments. Raises `CollectiveError` if not."""
+        """Go on once all ranks are in the same call with the same arguments. Raises `CollectiveError` if not.
+
+        Raises `StateError` inside `LocalSGD`.
+        """
+        self._accumulation.refuse_apart(call)
         place = place if place is not None else self._project_dir
         where = place.absolute() if isinstance(place, Path) else place
         collectives.meet_alike(call, f"{where} {options}".rstrip(), self._accumulation.world)
