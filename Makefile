@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_XLA := .venv-xla
-XLA_PINS := torch==2.9.0 torch_xla==2.9.0
+XLA_PINS := torch==2.9.0 torch_xla==2.9.0 torchao==0.15.0
 
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 DEV := $(VENV)/.dev-$(KEY)
@@ -72,7 +72,7 @@ $(VENV)/.%-$(KEY):
 
 $(XLA):
 	test -x $(VENV_XLA)/bin/python || $(PYTHON) -m venv $(VENV_XLA)
-	grep -v '^torch==' constraints.txt > $(VENV_XLA)/constraints.txt
+	grep -v -e '^torch==' -e '^torchao==' constraints.txt > $(VENV_XLA)/constraints.txt
 	printf '%s\n' $(XLA_PINS) >> $(VENV_XLA)/constraints.txt
 	$(VENV_XLA)/bin/pip install --quiet -c $(VENV_XLA)/constraints.txt -e '.[dev,xla]'
 	rm -f $(VENV_XLA)/.xla-*

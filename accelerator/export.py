@@ -107,7 +107,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], world: World) -> None
             give_back(tensor)
 
 
-def _matched(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _matched(model: nn.Module, folder: Path) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
     """The tensors of the files, mapped, and those of the model by all their names."""
     from .bigmodel.files import tensors_of
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ _AT_ONCE = 2**20  # numbers that are looked at together
 _LARGE = 1e30  # below what float32 and bfloat16 can hold
 
 
-def misfit(name: str, found: Any, target: Tensor, dtype: torch.dtype) -> str | None:
+def misfit(
+    name: str, found: Any, target: Tensor, dtype: torch.dtype, read: Callable[[str], Tensor] | None = None
+) -> str | None:
     """Why `found` cannot become the model's `target`, in `dtype`; `None` if it can.
 
     Reads its numbers only where the cast could change what they are: integers to others, and to floats of small range.
+    `read` gives the tensor of a name, where `found` has but its shape and dtype.
     """
     should = f"should be {_words(target)}"
     if not isinstance(found, Tensor):
@@ -28,7 +31,7 @@ def misfit(name: str, found: Any, target: Tensor, dtype: torch.dtype) -> str | N
         return f"{name} is {_shape(found)} and should be {_shape(target)}"
     if _kind(found) != _kind(target):
         return f"{name} is {_words(found)} and {should}"
-    if found.dtype != dtype and not _can_be(found, dtype):
+    if _may_change(found, dtype) and not _can_be(found if read is None else read(name), dtype):
         return f"{name} is {_words(found)} with numbers that {str(dtype).removeprefix('torch.')} cannot hold"
     return None
 
@@ -54,10 +57,15 @@ def _words(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def _may_change(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it takes a look at the numbers to know what a cast does to them."""
+    return tensor.dtype != dtype and not (
+        tensor.is_complex() or (tensor.is_floating_point() and torch.finfo(dtype).max > _LARGE)
+    )
+
+
 def _can_be(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether a cast keeps integers as they are, and finite numbers finite."""
-    if tensor.is_complex() or (tensor.is_floating_point() and torch.finfo(dtype).max > _LARGE):
-        return True
     for piece in tensor.detach().reshape(-1).split(_AT_ONCE):
         cast = piece.to(dtype)
         if not tensor.is_floating_point():

@@ -12,6 +12,7 @@ from .dispatch import (
     remove_dispatch,
 )
 from .load import IncompatibleKeys, load_checkpoint_in_model
+from .quantize import quantization_errors
 
 __all__ = [
     "IncompatibleKeys",
@@ -27,5 +28,6 @@ __all__ = [
     "init_on_device",
     "load_checkpoint_and_dispatch",
     "load_checkpoint_in_model",
+    "quantization_errors",
     "remove_dispatch",
 ]

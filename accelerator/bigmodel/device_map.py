@@ -15,6 +15,7 @@ from strategies.errors import ConfigurationError
 
 from .parts import Part, parts_of
 from .places import Device, DeviceMap, device_of
+from .quantize import Quantize, loaded_size, ways_of
 
 Kind = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 _KINDS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -29,15 +30,16 @@ def infer_auto_device_map(
     dtype: torch.dtype | None = None,
     *,
     kind: Kind = "auto",
+    quantize: Quantize | None = None,
 ) -> dict[str, Device]:
     """Where each module of `model` should be, by name. The model may be on the meta device. Not a collective.
 
     `max_memory`: bytes, or texts such as `"10GB"`, that weights may take on the accelerators (by index), on `"cpu"` and
     on `"disk"`; only those named are used, and the disk always unless it is given 0. `None` reads 90 % of what is free.
     `no_split_classes`: classes whose modules stay whole; `None` finds the repeated blocks. `dtype`: of floating-point
-    weights once they are loaded. `kind`: `"sequential"` fills one device after the other; `"balanced"` (`"auto"` is the
-    same) loads accelerators alike where there are several and they hold the model; `"balanced_low_0"` leaves as much
-    of accelerator 0 free as it can.
+    weights once they are loaded; `quantize`: as for `load_checkpoint_in_model`. `kind`: `"sequential"` fills one device
+    after the other; `"balanced"` (`"auto"` is the same) loads accelerators alike where there are several and they hold
+    the model; `"balanced_low_0"` leaves as much of accelerator 0 free as it can.
 
     Devices follow each other in the order of execution; tied weights are counted once and stay together. What no
     accelerator holds goes to the CPU's memory, then to the disk, and is fetched to the first device of the map when it
@@ -49,7 +51,8 @@ def infer_auto_device_map(
             f"device_map is {kind!r}; expected one of {', '.join(map(repr, _KINDS))}, or a mapping"
         )
     parts = parts_of(model, no_split_classes)
-    sizes = [part.num_bytes(dtype) for part in parts]
+    ways = ways_of(model, quantize, None, dtype)
+    sizes = [sum(loaded_size(tensor, ways.get(id(tensor)), dtype) for tensor in part.tensors) for part in parts]
     room = get_max_memory(max_memory)
     devices, limits = list(room), list(room.values())
     accelerators = [device for device in devices if device not in ("cpu", "disk")]

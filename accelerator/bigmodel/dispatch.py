@@ -20,8 +20,9 @@ from . import pages
 from .device_map import Kind, infer_auto_device_map
 from .hooks import Unpicklable, attach, follow
 from .load import load_checkpoint_in_model, written
-from .parts import Part, parts_of
-from .places import Device, DeviceMap, check_device_map, device_of, device_that_computes, rests
+from .parts import Part, is_quantized, parts_of
+from .places import Device, DeviceMap, check_device_map, device_of, device_that_computes, main_device, rests
+from .quantize import Quantize
 from .residency import Copies, Holding, MappedPages, Residency
 
 
@@ -63,6 +64,7 @@ def dispatch_model(
     main = _main_device(places, main_device)
     parts = parts_of(model, no_split_classes, named=places)
     resting = [part for part in parts if rests(device_of(part.names[0], places), main)]
+    _refuse_moving(parts, places, main)
     budget = _budget(resting, offload_budget)
     mappings = pages.FileMappings.read()
     for part in parts:
@@ -93,6 +95,7 @@ def load_checkpoint_and_dispatch(
     offload_folder: str | os.PathLike[str] | None = None,
     offload_budget: int | str | None = None,
     strict: bool = True,
+    quantize: Quantize | None = None,
 ) -> nn.Module:
     """Load `checkpoint` into `model`, usually one from `init_empty_weights`, each weight to its place; return `model`.
 
@@ -100,10 +103,14 @@ def load_checkpoint_and_dispatch(
     `dispatch_model` for the other arguments and for what is raised.
     """
     if isinstance(device_map, str):
-        device_map = infer_auto_device_map(model, max_memory, no_split_classes, dtype, kind=device_map)
+        device_map = infer_auto_device_map(
+            model, max_memory, no_split_classes, dtype, kind=device_map, quantize=quantize
+        )
     elif max_memory is not None:
         raise ConfigurationError("max_memory is for a device map that is inferred; got one that says where all goes")
-    load_checkpoint_in_model(model, checkpoint, device_map, dtype=dtype, offload_folder=offload_folder, strict=strict)
+    load_checkpoint_in_model(
+        model, checkpoint, device_map, dtype=dtype, offload_folder=offload_folder, strict=strict, quantize=quantize
+    )
     return dispatch_model(
         model,
         device_map,
@@ -202,8 +209,7 @@ def _first_device() -> torch.device:
 
 
 def _main_device(places: Mapping[str, Device], asked: torch.device | str | int | None) -> torch.device:
-    devices = [torch.device(device) for device in places.values() if device not in ("cpu", "disk")]
-    main = torch.device(asked) if asked is not None else next(iter(devices), torch.device("cpu"))
+    main = main_device(places) if asked is None else torch.device(asked)
     if main.type in ("meta", "xla"):
         raise ConfigurationError(f"main_device is {str(main)!r}; expected the CPU or an accelerator that torch drives")
     return main
@@ -218,6 +224,19 @@ def _refuse(model: nn.Module) -> None:
             f"{listed(meta)} of {type(model).__name__} have no numbers yet; load them first, as "
             "load_checkpoint_and_dispatch does"
         )
+
+
+def _refuse_moving(parts: Sequence[Part], places: DeviceMap, main: torch.device) -> None:
+    """Raise `ConfigurationError` for quantized weights that are to be elsewhere than they are, or to come and go."""
+    for part in parts:
+        device = device_of(part.names[0], places)
+        for tensor in part.tensors:
+            if is_quantized(tensor) and (rests(device, main) or tensor.device != device_that_computes(device, main)):
+                raise ConfigurationError(
+                    f"{part.names[0] or 'the model'!r} is to be on {device!r}, and its weights are quantized, which "
+                    f"stay where they are, on {str(tensor.device)!r}. Leave them there, or load them from their "
+                    "checkpoint without quantize (for some modules, with a mapping)."
+                )
 
 
 def _budget(resting: Sequence[Part], asked: int | str | None) -> int:

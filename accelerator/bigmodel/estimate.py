@@ -14,6 +14,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from accelerator.byte_sizes import in_words
+from accelerator.saved_weights import SavedWeights
 from strategies.errors import ConfigurationError
 
 from .build import init_empty_weights
@@ -83,7 +84,8 @@ def size_of_model(model: str) -> Size:
 def _of_checkpoint(path: Path) -> Size:
     tensors: dict[tuple[int, int], Tensor] = {}
     blocks: dict[str, int] = {}
-    for name, tensor in tensors_of(path).items():
+    found = tensors_of(path)
+    for name, tensor in (found.outlines if isinstance(found, SavedWeights) else found).items():
         memory = (tensor.data_ptr(), tensor.nbytes)
         if tensor.nbytes and tensors.setdefault(memory, tensor) is not tensor:
             continue  # tied: torch.save keeps one memory under both names

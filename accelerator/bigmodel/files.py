@@ -1,7 +1,7 @@
 """Checkpoints that others wrote, as tensors mapped from their files: nothing is read before it is used.
 
 One safetensors file, shards with an index, a folder of them; a file of `torch.save`, or shards of those with an
-index; a folder with one tensor per file. No code from a file is run.
+index; a folder with one tensor per file. Those of `save_state` are read, not mapped. No code from a file is run.
 """
 
 from __future__ import annotations
@@ -9,28 +9,29 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from accelerator.saved_weights import SavedWeights
 from strategies.errors import StateError, listed
 
 _OF_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _INDEX = ".index.json"
 
 
-def tensors_of(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
+def tensors_of(checkpoint: str | os.PathLike[str], model: str | None = None) -> Mapping[str, Tensor]:
     """Every tensor of a checkpoint by its name, mapped copy-on-write from its file.
 
-    Raises `StateError` for what is not there, is truncated, holds anything but tensors, wants to run code, or leads
-    out of its folder.
+    From a folder that `save_state` wrote, `SavedWeights` of `model`, the name of a class. Raises `StateError` for what
+    is not there, is truncated, holds anything but tensors, wants to run code, or leads out of its folder.
     """
     path = Path(checkpoint)
     if path.is_dir():
-        return _of_folder(path)
+        return SavedWeights(path, model) if SavedWeights.are_in(path) else _of_folder(path)
     if not path.exists():
         raise StateError(f"checkpoint is {str(path)!r}, which is not there; expected a file or a folder")
     if path.name.endswith(_INDEX):
@@ -57,14 +58,9 @@ def _of_folder(folder: Path) -> dict[str, Tensor]:
         return {of_torch[0].stem: found} if isinstance(found, Tensor) else _state_dict(found, of_torch[0])
     if of_torch:
         return _one_per_file(of_torch)
-    if (folder / "manifest.json").is_file():
-        raise StateError(
-            f"{str(folder)!r} is a checkpoint of save_state(), which load_state() reads; for the weights alone, write "
-            "them with save_model()"
-        )
     raise StateError(
         f"{str(folder)!r} holds no weights; expected *.safetensors, a file of torch.save ({', '.join(_OF_TORCH)}), an "
-        f"index of such files (*{_INDEX}), or one tensor per file"
+        f"index of such files (*{_INDEX}), one tensor per file, or what save_state wrote for one step"
     )
 
 

@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from accelerator.fit import differing_ties, misfit
+from accelerator.saved_weights import SavedWeights
 from strategies.deferred_init import EMPTY
 from strategies.errors import StateError, listed
 from strategies.shards import copy_whole
@@ -21,7 +22,10 @@ from strategies.shards import copy_whole
 from . import pages
 from .build import fill_buffers
 from .files import of_safetensors, tensors_of
-from .places import DeviceMap, check_device_map, device_of
+from .places import Device, DeviceMap, check_device_map, device_of
+from .quantize import Quantize, quantized, ways_of
+
+Memory = Literal["file", "own", "shared"]  # of a tensor in a checkpoint: mapped, made for it, or not to be kept
 
 
 class IncompatibleKeys(NamedTuple):
@@ -63,18 +67,26 @@ def load_checkpoint_in_model(
     offload_folder: str | os.PathLike[str] | None = None,
     strict: bool = True,
     mmap: bool = True,
+    quantize: Quantize | None = None,
 ) -> IncompatibleKeys:
     """Fill `model`, on the meta device or not, from a checkpoint; every rank for itself.
 
     `checkpoint`: a safetensors file, a file of `torch.save`, an index of either, or a folder with those or with one
-    tensor per file; or tensors by name, which are copied. `device_map` says where weights go (see
+    tensor per file; a folder that `save_state` wrote, of which every file is verified first; or tensors by name, which
+    are copied. `device_map` says where weights go (see
     `infer_auto_device_map`), otherwise they go where they are, and from the meta device to the CPU. They keep the dtype
     they have in the model, or get `dtype` where they are floating-point. Memory: the model and its largest tensor.
 
     With `mmap`, weights without memory that go to the CPU as they are in the file are mapped from it, copy-on-write:
     loading reads nothing, and the file must not be overwritten in place afterwards (replacing it is fine). Weights on
     `"disk"` always are; where the file has another dtype, they are written once more, to `offload_folder`, as are
-    tensors by name. Weights that share memory in a file of `torch.save` and are no ties of the model get their own.
+    tensors by name and what is cut over files. Weights that share memory in a file of `torch.save` and are no ties of
+    the model get their own.
+
+    `quantize`: `"int8"` or `"int4"` has the weights of linear layers quantized by torchao as they are loaded, one at a
+    time, and frozen; a mapping from names of modules to those, or to `None`, says it for each. They must be on the meta
+    device before, and run where they are (not on `"disk"`). Weights that other modules share, such as an embedding's,
+    stay as they are. `quantization_errors` measures what it costs.
 
     Raises `StateError` before anything is changed: for a checkpoint that is damaged or unsafe; and, all together, for
     names that are missing in it, unexpected, of another shape or kind of number, or with numbers that the dtype of the
@@ -84,25 +96,38 @@ def load_checkpoint_in_model(
     slots = _slots(model)
     if device_map is not None:
         check_device_map(model, device_map)
+    ways = ways_of(model, quantize, device_map, dtype)
     in_files = isinstance(checkpoint, str | os.PathLike)
     where = str(checkpoint) if in_files else "the tensors given"
-    found = tensors_of(checkpoint) if isinstance(checkpoint, str | os.PathLike) else dict(checkpoint)
-    result = _check(model, slots, found, where, dtype, strict=strict)
-    if in_files:
+    found = _tensors(checkpoint, model)
+    outlines = found.outlines if isinstance(found, SavedWeights) else found
+    result = _check(model, slots, found, outlines, where, dtype, strict=strict)
+    is_mapped = in_files and outlines is found
+    if is_mapped:
         _give_back_read(slots, found, dtype)
-    chosen = {names[0]: found[name] for slot in slots if (name := _name_in(found, names := slot.names))}
-    own = _own_memory(chosen) if in_files else set()
-    _check_folder(slots, chosen, own, device_map, dtype, offload_folder)
+    chosen = {slot.names[0]: name for slot in slots if (name := _name_in(found, slot.names))}
+    own = _own_memory({name: found[chosen[name]] for name in chosen}) if is_mapped else set()
+    _check_folder(slots, {name: outlines[chosen[name]] for name in chosen}, own, device_map, dtype, offload_folder)
     fill_buffers(model)
     for slot in _slots(model):
         name = slot.names[0]
         if name in chosen:
             device = None if device_map is None else device_of(name, device_map)
-            source = chosen[name].detach()
-            _fill(slot, source, device, dtype, offload_folder, own=name in own, mmap=mmap)
+            source = found[chosen[name]].detach()
+            memory: Memory = "file" if name in own else "own" if in_files and not is_mapped else "shared"
+            if way := ways.get(id(slot.tensor)):
+                _fill_quantized(slot, source, device, dtype, way, memory)
+            else:
+                _fill(slot, source, device, dtype, offload_folder, memory, mmap=mmap)
     if strict:
         _refuse_meta(model)
     return result
+
+
+def _tensors(checkpoint: str | os.PathLike[str] | Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    if isinstance(checkpoint, str | os.PathLike):
+        return tensors_of(checkpoint, type(model).__name__)
+    return dict(checkpoint)
 
 
 def _name_in(found: Mapping[str, Tensor], names: Sequence[str]) -> str | None:
@@ -157,6 +182,7 @@ def _check(
     model: nn.Module,
     slots: list[_Slot],
     found: Mapping[str, Tensor],
+    outlines: Mapping[str, Tensor],
     where: str,
     dtype: torch.dtype | None,
     *,
@@ -170,7 +196,8 @@ def _check(
         of_slot = [
             problem
             for name in slot.names
-            if name in found and (problem := misfit(name, found[name], slot.tensor, _wanted(slot, dtype)))
+            if name in found
+            and (problem := misfit(name, outlines[name], slot.tensor, _wanted(slot, dtype), found.__getitem__))
         ]
         tie = None if of_slot else differing_ties(slot.names, found)
         wrong += [*of_slot, *([tie] if tie else [])]
@@ -234,31 +261,41 @@ def _check_folder(
 def _fill(
     slot: _Slot,
     source: Tensor,
-    device: int | str | None,
+    device: Device | None,
     dtype: torch.dtype | None,
     folder: str | os.PathLike[str] | None,
+    memory: Memory,
     *,
-    own: bool,
     mmap: bool,
 ) -> None:
     target, wanted = slot.tensor, _wanted(slot, dtype)
     if hasattr(target, EMPTY):
         delattr(target, EMPTY)
-    may_stay = own and source.dtype == wanted  # its pages become the model's
+    may_stay = memory != "shared" and source.dtype == wanted  # its memory becomes the model's
     if device == "disk" and source.nbytes:
-        slot.put(source if may_stay else written(source.to(wanted), slot.names[0], folder))
+        slot.put(source if may_stay and memory == "file" else written(source.to(wanted), slot.names[0], folder))
         return
     place = torch.device("cpu" if target.is_meta else target.device)
     if device is not None:
         place = torch.device("cpu" if device == "disk" else device)
     if not target.is_meta and target.dtype == wanted and target.device == place:
         copy_whole(source, target)
-    elif place.type == "cpu" and may_stay and mmap:
+    elif place.type == "cpu" and may_stay and (mmap or memory == "own"):
         slot.put(source)
         return
     else:
         slot.put(torch.empty(source.shape, device=place, dtype=wanted).copy_(source))
-    if own:
+    if memory == "file":
+        pages.give_back(source)
+
+
+def _fill_quantized(
+    slot: _Slot, source: Tensor, device: Device | None, dtype: torch.dtype | None, way: str, memory: Memory
+) -> None:
+    slot.tensor.requires_grad_(False)
+    weight = source.to("cpu" if device is None else torch.device(device), _wanted(slot, dtype))
+    slot.put(quantized(weight, way))
+    if memory == "file":
         pages.give_back(source)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from strategies import blocks
 
@@ -26,7 +28,15 @@ class Part:
 
 def size_of(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     """Bytes of a tensor, in `dtype` if it is floating-point."""
+    if is_quantized(tensor):
+        inner: Any = tensor
+        return sum(size_of(getattr(inner, name)) for name in inner.__tensor_flatten__()[0])
     return tensor.numel() * (dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype).itemsize
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are in other tensors, as those of torchao are."""
+    return is_traceable_wrapper_subclass(tensor) and type(tensor).__module__.startswith("torchao")
 
 
 def parts_of(

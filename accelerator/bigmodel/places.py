@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from strategies.errors import ConfigurationError, listed
+from strategies.errors import ConfigurationError, listed, nearest
 
 Device = int | str  # the index of an accelerator, "cpu", "disk", or a device such as "cuda:1"
 DeviceMap = Mapping[str, Device]
+_CPU = torch.device("cpu")
 
 
 def device_of(name: str, device_map: DeviceMap) -> Device:
@@ -21,6 +21,11 @@ def device_of(name: str, device_map: DeviceMap) -> Device:
             raise KeyError(name)
         name = name.rpartition(".")[0]
     return device_map[name]
+
+
+def main_device(device_map: DeviceMap) -> torch.device:
+    """Where what rests runs: the first accelerator of a map, else the CPU."""
+    return next((torch.device(device) for device in device_map.values() if device not in ("cpu", "disk")), _CPU)
 
 
 def device_that_computes(device: Device, main: torch.device) -> torch.device:
@@ -41,8 +46,8 @@ def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
     problems = []
     for name in device_map:
         if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=1)
-            problems.append(f"{name!r} is not in it{f' (did you mean {near[0]!r}?)' if near else ''}")
+            near = nearest(name, known)
+            problems.append(f"{name!r} is not in it" + (f".{near}" if near else ""))
     left_out = [name for name in tensors if not _is_covered(name, device_map)]
     if left_out:
         problems.append(f"nothing says where {listed(left_out)} should be")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +73,18 @@ def models(path: Path) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
     return found
 
 
-def read_model(path: Path, model: str, names: list[str]) -> dict[str, Tensor]:
-    """Some tensors of a model, whole, in CPU memory."""
-    known = models(path)[model]
-    read = {f"model/{model}/{name}": torch.empty(known[name][0], dtype=known[name][1]) for name in names}
-    tensors.read(read, path / TENSORS, World())
-    return {name: read[f"model/{model}/{name}"] for name in names}
+def reader(path: Path, model: str) -> Callable[[str], Tensor]:
+    """What reads a tensor of a model, by its name: whole, in CPU memory of its own."""
+    known, folder = models(path)[model], path / TENSORS
+    opened = tensors.reader_of(folder)
+
+    def read(name: str) -> Tensor:
+        shape, dtype = known[name]
+        target = torch.empty(shape, dtype=dtype)
+        tensors.read({f"model/{model}/{name}": target}, folder, World(), opened)
+        return target
+
+    return read
 
 
 def require_whole(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ made of are let through, and nothing but tensors is read.
 
 from __future__ import annotations
 
+import functools
 import pickle
 import threading
 import warnings
@@ -150,8 +151,11 @@ def _write_alone(tensors: dict[str, Any], writer: Any) -> None:
     writer.finish(metadata, [results.value()])
 
 
-def read(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
-    """Read this rank's part of every tensor into its place. Collective."""
+def read(tensors: Mapping[str, Tensor], folder: Path, world: World, reader: Any = None) -> None:
+    """Read this rank's part of every tensor into its place. Collective.
+
+    `reader`: of the folder, from `reader_of`, for whoever reads from it many times.
+    """
     from torch.distributed.checkpoint import DefaultLoadPlanner, load
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -159,47 +163,57 @@ def read(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
     wanted = cast(dict[str, Any], dict(tensors))
     try:
         with _quiet():
-            load(wanted, storage_reader=_reader(folder), planner=planner, no_dist=world.size == 1)
+            load(wanted, storage_reader=reader or reader_of(folder), planner=planner, no_dist=world.size == 1)
     except CheckpointException as error:
         raise StateError(f"reading tensors failed: {_first_reason(error)}") from error
 
 
 def index_of(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every tensor in the folder. Raises `StateError` for anything but tensors there."""
-    metadata = _reader(folder).read_metadata()
+    metadata = _metadata_of(folder)
     return {name: (item.size, item.properties.dtype) for name, item in metadata.state_dict_metadata.items()}
 
 
 def files_of(folder: Path) -> set[str]:
     """The names of the files that the index of the folder needs."""
-    return {place.relative_path for place in (_reader(folder).read_metadata().storage_data or {}).values()}
+    return {place.relative_path for place in (_metadata_of(folder).storage_data or {}).values()}
 
 
-def _reader(folder: Path) -> Any:
+def reader_of(folder: Path) -> Any:
+    """What `torch.distributed.checkpoint` reads the folder with; it reads the index once, and checks it."""
     from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            try:
-                with (folder / ".metadata").open("rb") as file:
-                    metadata = _OnlyAnIndex(file).load()
-            except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
-                raise StateError(f"the index of the tensors in {str(folder)!r} cannot be read: {error!r}") from error
-            if not isinstance(metadata, Metadata):
-                raise StateError(f"the index of the tensors in {str(folder)!r} is a {type(metadata).__name__}")
-            for name, item in metadata.state_dict_metadata.items():
-                if not isinstance(item, TensorStorageMetadata):
-                    raise StateError(f"{name} in {str(folder)!r} is no tensor, and nothing else is read from there")
-            for place in (metadata.storage_data or {}).values():
-                if Path(place.relative_path).name != place.relative_path:
-                    raise StateError(f"the index in {str(folder)!r} leads elsewhere: {place.relative_path!r}")
-                if getattr(place, "transform_descriptors", None):
-                    raise StateError(f"the index in {str(folder)!r} asks for {place.transform_descriptors!r}")
-            metadata.storage_meta = None
-            return metadata
+            return self._checked
+
+        @functools.cached_property
+        def _checked(self) -> Any:
+            return _metadata_of(folder)
 
     return Reader(folder)
+
+
+def _metadata_of(folder: Path) -> Any:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+    try:
+        with (folder / ".metadata").open("rb") as file:
+            metadata = _OnlyAnIndex(file).load()
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+        raise StateError(f"the index of the tensors in {str(folder)!r} cannot be read: {error!r}") from error
+    if not isinstance(metadata, Metadata):
+        raise StateError(f"the index of the tensors in {str(folder)!r} is a {type(metadata).__name__}")
+    for name, item in metadata.state_dict_metadata.items():
+        if not isinstance(item, TensorStorageMetadata):
+            raise StateError(f"{name} in {str(folder)!r} is no tensor, and nothing else is read from there")
+    for place in (metadata.storage_data or {}).values():
+        if Path(place.relative_path).name != place.relative_path:
+            raise StateError(f"the index in {str(folder)!r} leads elsewhere: {place.relative_path!r}")
+        if getattr(place, "transform_descriptors", None):
+            raise StateError(f"the index in {str(folder)!r} asks for {place.transform_descriptors!r}")
+    metadata.storage_meta = None
+    return metadata
 
 
 def _is_on_xla(tensors: Mapping[str, Tensor]) -> bool:

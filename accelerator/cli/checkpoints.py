@@ -44,8 +44,9 @@ def export(argv: Sequence[str]) -> int:
         if name not in found or (asked.model is None and len(found) > 1):
             raise StateError(f"model is {asked.model!r}; expected --model with one of {', '.join(map(repr, found))}")
         sizes = {key: shape.numel() * dtype.itemsize for key, (shape, dtype) in found[name].items()}
+        read = offline.reader(checkpoint, name)
         written = weights.write_files(
-            sizes, lambda names: offline.read_model(checkpoint, name, names), asked.out, asked.max_shard_size
+            sizes, lambda names: {key: read(key) for key in names}, asked.out, asked.max_shard_size
         )
     print(f"{name}: {len(sizes)} tensors in {written} file{'s' if written > 1 else ''} in {asked.out}")
     return 0

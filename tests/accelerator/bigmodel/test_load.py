@@ -59,6 +59,18 @@ def as_one_file_per_tensor(state: dict[str, torch.Tensor], folder: Path) -> Path
     return folder
 
 
+def as_saved_state(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    model = make_net(seed=1)
+    model.load_state_dict(state)
+    return save(model, folder)
+
+
+def save(model: nn.Module, folder: Path) -> Path:
+    accelerator = Accelerator("cpu", project_dir=folder)
+    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    return Path(accelerator.save_state())
+
+
 def as_mapping(state: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
     return state
 
@@ -83,6 +95,7 @@ FORMATS = [
     as_torch_folder,
     as_torch_shards,
     as_one_file_per_tensor,
+    as_saved_state,
     as_mapping,
 ]
 
@@ -240,10 +253,6 @@ def index(folder: Path, **weight_map: str) -> Path:
 DAMAGED = {
     "absent": (lambda d: d / "nothing.safetensors", "which is not there"),
     "empty folder": (lambda d: d, "holds no weights"),
-    "save_state": (
-        lambda d: Accelerator("cpu", project_dir=d).save_state(),
-        r"a checkpoint of save_state\(\), which load_state\(\) reads",
-    ),
     "truncated safetensors": (lambda d: cut(as_safetensors(make_net().state_dict(), d)), "no whole safetensors file"),
     "truncated torch file": (lambda d: cut(as_torch_file(make_net().state_dict(), d)), "cannot be mapped"),
     "truncated shard": (
@@ -293,7 +302,7 @@ def test_a_tensor_in_two_files_without_an_index(tmp_path: Path) -> None:
     ("device_map", "message"),
     [
         ({"first": "cpu"}, "nothing says where scale, layers.0.norm.weight, "),
-        ({"": "cpu", "layer.1": "disk"}, r"'layer.1' is not in it \(did you mean 'layers.1'\?\)"),
+        ({"": "cpu", "layer.1": "disk"}, r"'layer.1' is not in it. Did you mean 'layers.1'\?"),
         ({"": "disc"}, "'disc' is no place for weights"),
         ({"": 99}, "99 is not there"),
     ],
@@ -321,6 +330,8 @@ def model():
 
 torch.set_num_threads(1)
 model()
+compiler = "torch._dynamo" in sys.modules
+import torch.distributed.checkpoint  # what reads the checkpoints of save_state takes 50 MB for itself
 for checkpoint, dtype, mmap in json.loads(sys.argv[1]):
     net, before = model(), memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
@@ -328,7 +339,7 @@ for checkpoint, dtype, mmap in json.loads(sys.argv[1]):
     assert sum(parameter.sum().item() for parameter in net.parameters()) == sum(range(16)) * 2**20
     print(memory("VmHWM") - before)
     del net
-print("torch._dynamo" in sys.modules)
+print(compiler)
 """
 
 
@@ -338,13 +349,19 @@ def test_peak_memory_is_the_model_and_its_largest_tensor(fresh: FreshProcesses, 
     for write in (as_safetensors, as_torch_file, as_one_file_per_tensor):
         (tmp_path / write.__name__).mkdir()
         paths[write] = str(write(state, tmp_path / write.__name__))
+    with init_empty_weights():
+        model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(16)])
+    model.load_state_dict(state, assign=True)
+    paths[save] = str(save(model, tmp_path))
     cases = [
         *((path, "float32", mmap, 64) for path in paths.values() for mmap in (True, False)),
         *((path, "bfloat16", True, 32) for path in paths.values()),
     ]
-    (finished,) = fresh(SCRIPT, json.dumps([case[:3] for case in cases]))
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc keeps some of what was freed
+    (finished,) = fresh(SCRIPT, json.dumps([case[:3] for case in cases]), env=given_back)
     assert finished.returncode == 0, finished.stderr
     *peaks, compiler = finished.stdout.splitlines()
     for case, peak in zip(cases, peaks, strict=True):
-        assert float(peak) < case[3] + 4 + 4, case  # MiB: the model, its largest tensor, and what the allocator keeps
+        twice = 4 * (case[0] == paths[save])  # torch reads a piece, and then copies it into place
+        assert float(peak) < case[3] + 4 + twice + 4, case  # MiB: the model, its largest tensor, and a little
     assert compiler == "False"  # building without memory imports no compiler, which takes seconds and 70 MB
