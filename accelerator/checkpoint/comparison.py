@@ -105,7 +105,7 @@ def compare(then: Step, now: Step, *, same_place: bool, tolerance: float) -> Ver
             return Verdict("not comparable", "not comparable: batches are padded, each to a length of its own")
         return Verdict("data", _wrong_data(*(of_step[0] for of_step in batches)))
     drift = max(_apart(then.mean_loss, now.mean_loss), _norms_apart(then, now))
-    return _of_drift(drift, tolerance, "" if known else "; its data is not known")
+    return _of_drift(drift, tolerance, _compared(then, now, data=known))
 
 
 def _compare_ranks(then: Step, now: Step) -> Verdict:
@@ -123,15 +123,21 @@ def _compare_ranks(then: Step, now: Step) -> Verdict:
         elif one.batch.digest != two.batch.digest:
             return Verdict("data", _wrong_data(one.batch, two.batch))
     drift = max([_norms_apart(then, now), *(_apart(one.loss, two.loss) for one, two in pairs)])
-    return _of_drift(drift, 0.0, "; its data is not known" if unknown else "")
+    return _of_drift(drift, 0.0, _compared(then, now, data=not unknown))
 
 
-def _of_drift(drift: float, tolerance: float, note: str) -> Verdict:
+def _compared(then: Step, now: Step, *, data: bool) -> str:
+    """What there was to compare."""
+    norm = then.gradient_norm is not None and now.gradient_norm is not None
+    return ", ".join(["data"] * data + ["losses"] + ["gradient norm"] * norm)
+
+
+def _of_drift(drift: float, tolerance: float, compared: str) -> Verdict:
     if drift == 0.0:
-        return Verdict("exact", f"exact: loss and gradient norm are those of the run that was left{note}")
+        return Verdict("exact", f"exact (compared: {compared})")
     if drift <= tolerance:
-        return Verdict("rounding", f"the same up to rounding: loss or gradient norm {drift:.1e} apart{note}")
-    return Verdict("drift", f"drifted: loss or gradient norm {drift:.1e} apart (relative){note}")
+        return Verdict("rounding", f"the same up to rounding, {drift:.1e} apart (compared: {compared})")
+    return Verdict("drift", f"drifted: {drift:.1e} apart, relative (compared: {compared})")
 
 
 def _wrong_data(then: Fingerprint, now: Fingerprint) -> str:

@@ -47,9 +47,17 @@ def collect(accumulation: Accumulation, registered: Sequence[Any], about: dict[s
     """What there is to save at this moment. Collective."""
     world = accumulation.world
     content = peers.together(lambda: Content(accumulation, registered))
-    state, found = peers.together(content.collect)
-    state["windows"] = peers.gather(peers.together(lambda: windows.collect(content, accumulation, found)))
-    state["random"] = peers.gather(encode(random_state.read(world), "random", {}))
+    state: dict[str, Any] = {}
+    found: dict[str, Tensor] = {}
+
+    def of_this_rank() -> tuple[Any, Any]:
+        shared, of_shared = content.collect()
+        state.update(shared)
+        found.update(of_shared)
+        return windows.collect(content, accumulation, found), encode(random_state.read(world), "random", {})
+
+    of_ranks = peers.each(of_this_rank)
+    state["windows"], state["random"] = [one for one, _ in of_ranks], [one for _, one in of_ranks]
     about = {**about, "versions": _versions(), "world": {"size": world.size}, "time": time.time()}
     return Draft(state, found, about)
 
@@ -61,21 +69,24 @@ def write(draft: Draft, target: Path, peers: Peers, *, beside: bool) -> None:
     of them fails; what was there before is then untouched.
     """
     world = peers.world
-    token, place = peers.gather((uuid.uuid4().hex, str(target)))[0]
-    hidden = folders.hidden_beside(target, token)
     with contextlib.ExitStack() as stack:
-        peers.together(lambda: stack.enter_context(_only_writer(target, beside)) if world.is_main else None)
-        try:
-            peers.on_main(hidden.mkdir)
-            peers.together(lambda: _find(hidden, place))
-            written = tensors.write(draft.tensors, hidden / TENSORS, world, peers.group)
-            mine = {f"{TENSORS}/{name}": entry for name, entry in written.items()}
-            listed = {name: entry for part in peers.gather(mine) for name, entry in part.items()}
-            peers.on_main(lambda: _commit(draft, hidden, target, listed))
-        except BaseException:
+
+        def begin() -> tuple[str, str]:
+            token = uuid.uuid4().hex
             if world.is_main:
-                shutil.rmtree(hidden, ignore_errors=True)
-            raise
+                stack.enter_context(_only_writer(target, beside))
+                hidden = folders.hidden_beside(target, token)
+                hidden.mkdir()
+                stack.callback(lambda: shutil.rmtree(hidden, ignore_errors=True))  # what has not taken its place
+            return token, str(target)
+
+        token, place = peers.each(begin)[0]
+        hidden = folders.hidden_beside(target, token)
+        peers.together(lambda: _find(hidden, place))
+        written = tensors.write(draft.tensors, hidden / TENSORS, world, peers.group)
+        mine = {f"{TENSORS}/{name}": entry for name, entry in written.items()}
+        listed = {name: entry for part in peers.gather(mine) for name, entry in part.items()}
+        peers.on_main(lambda: _commit(draft, hidden, target, listed))
 
 
 @contextlib.contextmanager
