@@ -31,7 +31,7 @@ from .ledger import start_ledger
 from .profiling import Rounds, profiled
 from .progress import progress
 from .ranks import Ranks
-from .record import Record, chosen_trackers, names_of
+from .record import Record, chosen_trackers, names_of, values_of
 from .trackers import Tracker
 
 T = TypeVar("T")
@@ -115,7 +115,8 @@ class Accelerator(Ranks):
         self._accumulation = Accumulation(self._strategy, self._world, precision, self._arithmetic.steps_for)
         self._record = Record(self._resolved, kept_by, self._accumulation, self._strategy_name, self._arithmetic)
         self._debugging = Debugging(self._settings, self._accumulation)
-        about = {"strategy": self._strategy_name, "mixed_precision": precision.mode}
+        configured = {**values_of(self._settings), "strategy": repr(self._strategy)}
+        about = {"strategy": self._strategy_name, "mixed_precision": precision.mode, "configuration": configured}
         self._checkpoints = checkpoint.Checkpoints(self._accumulation, about, self.project_dir)
         self._seeded_apart = False
         self._seed()

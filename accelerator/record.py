@@ -13,7 +13,7 @@ from strategies.accumulation import Accumulation
 from strategies.errors import ConfigurationError
 
 from .batch_arithmetic import BatchArithmetic
-from .config import NotGiven, Resolved
+from .config import NotGiven, Resolved, Settings
 from .config.settings import TABLES
 from .explain import Explanation, explain
 from .timing import Timers
@@ -63,7 +63,7 @@ class Record:
         folder = Path(settings.project_dir) if settings.project_dir is not None else None
         self._accumulation = accumulation
         self._homeless = [name_of(tracker) for tracker in trackers if folder is None and tracker.needs_folder]
-        config = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in TABLES}
+        config = values_of(settings)
         self._log = Log(trackers, Run(folder, world.rank, world.size), {**config, "processes": world.size})
         self._timers: Timers | None = None
         if folder is not None and settings.timers:
@@ -115,6 +115,11 @@ class Record:
         self._log.close()
         if self._timers is not None:
             self._timers.close()
+
+
+def values_of(settings: Settings) -> dict[str, Any]:
+    """The settings by name, but for those of strategies."""
+    return {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in TABLES}
 
 
 def rows_of(explanation: Explanation) -> list[tuple[str, str, str, str]]:

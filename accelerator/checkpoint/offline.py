@@ -22,6 +22,8 @@ from .peers import Peers
 from .remote import fetched, is_url
 from .saving import TENSORS
 
+_TOLD = ("strategy", "mixed_precision", "configuration", "versions", "world")  # of a manifest, by `differences`
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -98,8 +100,7 @@ def require_whole(path: Path) -> dict[str, Any]:
 
 def differences(one: Path, two: Path) -> list[str]:
     """What differs between two checkpoints, in lines: tensors one at a time, then every value of the rest."""
-    for path in (one, two):
-        require_whole(path)
+    about = [require_whole(path) for path in (one, two)]
     first, second = tensors.index_of(one / TENSORS), tensors.index_of(two / TENSORS)
     lines = [f"only in {one.name}: {name}" for name in sorted(first.keys() - second.keys())]
     lines += [f"only in {two.name}: {name}" for name in sorted(second.keys() - first.keys())]
@@ -113,7 +114,8 @@ def differences(one: Path, two: Path) -> list[str]:
         left, right = pair[0][name], pair[1][name]
         if not torch.equal(left, right):
             lines.append(f"{name}: differs by up to {(left.double() - right.double()).abs().max().item():.3g}")
-    return lines + list(_values("", read_state(one), read_state(two)))
+    told = [{key: value for key, value in body.items() if key in _TOLD} for body in about]
+    return [*lines, *_values("", read_state(one), read_state(two)), *_values("", *told)]
 
 
 def _values(path: str, one: Any, two: Any) -> Iterator[str]:

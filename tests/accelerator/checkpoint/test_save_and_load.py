@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,17 @@ def test_every_sample_once_over_stops_and_places(ranks: RankPool, tmp_path: Path
     assert sorted(index for step in parts[:4] for index in step) == list(range(26))
     for key, value in weights.items():
         torch.testing.assert_close(last[key], value, atol=1e-6, rtol=1e-5)
+
+
+def written_by(strategy: Any, folder: str) -> dict[str, Any]:
+    accelerator = Accelerator(strategy, gradient_accumulation_steps=3, seed=4)
+    accelerator.prepare(Net())
+    return json.loads((accelerator.save_state(folder) / "manifest.json").read_text())
+
+
+def test_a_checkpoint_says_what_wrote_it(ranks: RankPool, tmp_path: Path) -> None:
+    body = ranks(written_by, FSDP(replicate=2), str(tmp_path / "saved"), nproc=4)[0]
+    assert body["world"] == {"size": 4, "local_size": 4, "device": "cpu", "mesh": {"replicate": 2, "shard": 2}}
+    assert (body["configuration"]["gradient_accumulation_steps"], body["configuration"]["seed"]) == (3, 4)
+    assert "replicate=2" in body["configuration"]["strategy"]
+    assert body["versions"]["torch"] == torch.__version__

@@ -346,18 +346,21 @@ def with_planner(folder: Path, proof: Path) -> bytes:
     return pickle.dumps(metadata)
 
 
-MALICIOUS: dict[str, Callable[[Path, Path], bytes]] = {
-    "os.system": lambda folder, proof: pickle.dumps(Runs(os.system, f"touch {proof}")),
-    "eval": lambda folder, proof: pickle.dumps(Runs(eval, f"open({str(proof)!r}, 'w')")),
-    "open": lambda folder, proof: pickle.dumps(Runs(open, str(proof), "w")),
-    "getattr": lambda folder, proof: pickle.dumps(Runs(getattr, "text", "upper")),
-    "torch.load": lambda folder, proof: pickle.dumps(Runs(torch.load, str(proof))),
-    "torch.hub": lambda folder, proof: pickle.dumps(Runs(torch.hub.load, "a/b", "c")),
-    "planner": with_planner,
-    "bytes": with_bytes,
-    "path": with_path,
-    "other object": lambda folder, proof: pickle.dumps({"a": 1}),
-    "no pickle": lambda folder, proof: b"\x80\x04K",
+MALICIOUS: dict[str, tuple[Callable[[Path, Path], bytes], str]] = {
+    "os.system": (
+        lambda folder, proof: pickle.dumps(Runs(os.system, f"touch {proof}")),
+        r"names posix\.system, which no checkpoint needs",
+    ),
+    "eval": (lambda folder, proof: pickle.dumps(Runs(eval, f"open({str(proof)!r}, 'w')")), r"names builtins\.eval, "),
+    "open": (lambda folder, proof: pickle.dumps(Runs(open, str(proof), "w")), r"names _?io\.open, "),
+    "getattr": (lambda folder, proof: pickle.dumps(Runs(getattr, "text", "upper")), r"names builtins\.getattr, "),
+    "torch.load": (lambda folder, proof: pickle.dumps(Runs(torch.load, str(proof))), r"names torch\S+load, "),
+    "torch.hub": (lambda folder, proof: pickle.dumps(Runs(torch.hub.load, "a/b", "c")), r"names torch\.hub\.load, "),
+    "planner": (with_planner, r"names posix\.system, "),
+    "bytes": (with_bytes, "names .*BytesStorageMetadata, "),
+    "path": (with_path, r"leads elsewhere: '\.\./\.\./\.\./elsewhere\.distcp'"),
+    "other object": (lambda folder, proof: pickle.dumps({"a": 1}), "is a dict"),
+    "no pickle": (lambda folder, proof: b"\x80\x04K", "cannot be read: "),
 }
 
 
@@ -365,8 +368,9 @@ MALICIOUS: dict[str, Callable[[Path, Path], bytes]] = {
 def test_a_malicious_index_is_refused_and_runs_nothing(tmp_path: Path, name: str) -> None:
     written(tmp_path)
     folder, proof = checkpoint_of(tmp_path), tmp_path / "proof"
-    forge(folder, "tensors/.metadata", MALICIOUS[name](folder, proof))
-    with pytest.raises(StateError):
+    make, reason = MALICIOUS[name]
+    forge(folder, "tensors/.metadata", make(folder, proof))
+    with pytest.raises(StateError, match=reason):
         reader(tmp_path)[0].load_state(folder)
     assert not proof.exists()
 
