@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +21,8 @@ from .errors import ConfigurationError
 from .init_module import born_on
 from .precision import Precision
 from .world import World
+
+NOTHING = nullcontext()  # a context that does nothing, which may be entered again and again
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
-        """A context around the forward and backward of a micro-batch that does not close its window."""
+        """A context around the forward and backward of a micro-batch that does not close its window.
+
+        `NOTHING` where there is nobody to synchronise with, which is then not entered.
+        """
 
     @abstractmethod
     def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:

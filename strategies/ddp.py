@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import gradient_compression
-from .base import Strategy
+from .base import NOTHING, Strategy
 from .batch_norm import BatchNorm, broadcast_buffers, with_batch_norm
 from .errors import ConfigurationError, StepError, listed
 from .precision import Precision
@@ -123,9 +123,9 @@ class DDP(Strategy):
         collective and changes no number: means of gradients add up.
         """
         if not isinstance(wrapped, DistributedDataParallel):
-            return nullcontext()
+            return NOTHING
         if self.static_graph and not wrapped._static_graph_delay_allreduce_enqueued:
-            return nullcontext()
+            return NOTHING
         return wrapped.no_sync()
 
     def train_alone(self, wrapped: nn.Module) -> AbstractContextManager[Any]:

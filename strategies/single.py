@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from .base import Strategy
+from .base import NOTHING, Strategy
 from .errors import LaunchError
 from .precision import Precision
 from .process_group import pick_device, read_environment
 from .transfer import to_device
 from .world import World
-
-_NOTHING = nullcontext()  # may be entered again and again
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class SingleDevice(Strategy):
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """There is nobody to synchronise with."""
-        return _NOTHING
+        return NOTHING
 
     def train_alone(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """It is alone."""

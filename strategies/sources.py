@@ -152,10 +152,15 @@ class Sources:
     def take(self, loader: DataLoader[Any] | None = None) -> Cursor | None:
         """The pass that `training` finds, its batch noted as trained on. Collective for the first batch of a pass."""
         opened = self._open
-        if loader is None and len(opened) == 1 and opened[0].grad_enabled:
-            cursor: Cursor | None = opened[0]  # the usual loop, without the search
-        else:
-            cursor = self.training(loader)
+        if loader is None and len(opened) == 1 and opened[0].grad_enabled:  # the usual loop, without the search
+            usual = opened[0]
+            if usual.last_trained != usual.index:
+                if not usual.verified:
+                    self.verify(usual)
+                usual.last_trained = usual.index
+                usual.num_trained += 1
+            return usual
+        cursor = self.training(loader)
         if cursor is not None and cursor.last_trained != cursor.index:
             if not cursor.verified:
                 self.verify(cursor)

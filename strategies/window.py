@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .base import NOTHING
 from .errors import StepError
 from .process_group import explain_lost_peer, named_failures
 from .scaling import LossScaler
@@ -82,12 +83,8 @@ class Window:
         self._cursor = cursor
         self.num_backward = 0
         self.closing = self.count + 1 >= self.steps or (cursor is not None and cursor.is_last)
-        if not self.closing:
-            self._contexts = [accumulation.strategy.no_sync(model.wrapped) for model in self.models]
-        if self._has_others:
-            self._freeze_others()
-        for context in self._contexts:
-            context.__enter__()
+        if not self.closing or self._has_others:
+            self._keep_local()
         if accumulation.latest is not self:
             self._become_latest()
         accumulation.current = self
@@ -322,6 +319,17 @@ class Window:
             optimizer.original.zero_grad()
         self.closing = True
         self.count = self.num_backward = 0
+
+    def _keep_local(self) -> None:
+        if not self.closing:
+            for model in self.models:
+                context = self.accumulation.strategy.no_sync(model.wrapped)
+                if context is not NOTHING:
+                    self._contexts.append(context)
+        if self._has_others:
+            self._freeze_others()
+        for context in self._contexts:
+            context.__enter__()
 
     def _freeze_others(self) -> None:
         """Keep this window's backward out of the gradients of models that have a window of their own.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import blocks, xla_runtime
-from .base import Strategy
+from .base import NOTHING, Strategy
 from .errors import ConfigurationError, PrepareError
 from .init_module import born_on
 from .precision import Precision
@@ -23,7 +23,6 @@ from .xla_checkpointing import recompute_in_backward
 from .xla_layout import Layout, lay_out_like, move_model, refuse_others
 
 Shard = Literal["none", "data", "fsdp"]
-_NOTHING = nullcontext()  # may be entered again and again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +124,7 @@ class XLA(Strategy):
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """Devices exchange gradients where the compiler puts it, once in the window's program."""
-        return _NOTHING
+        return NOTHING
 
     def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
         """The program computes the mean over the whole batch. Parameters must be those that were prepared."""

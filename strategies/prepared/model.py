@@ -30,7 +30,20 @@ class PreparedModel(View):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward, in the strategy's precision; synchronised where gradients are recorded."""
-        return self._link(*args, **kwargs)
+        link = self._link
+        if link.empty:
+            link.warn_of_empty()
+        # Without gradients there is nothing to synchronise, and ranks may call as often as they like.
+        if link.bypass or not torch.is_grad_enabled():
+            module = link.original
+        else:
+            module = link.wrapped
+            link.num_forward += 1
+        if not link.autocasts:
+            return module(*args, **kwargs)
+        accumulation = link.accumulation
+        with accumulation.strategy.autocast(accumulation.world, accumulation.precision):
+            return module(*args, **kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients, except of an accumulation window that is still open."""
@@ -71,25 +84,14 @@ class ModelLink:
         self._parameters = dict(self.original.named_parameters())
         self._live = {id(parameter): parameter for parameter in self._parameters.values()}
         self._frozen = [name for name, parameter in self._parameters.items() if not parameter.requires_grad]
-        self._autocast = precision.dtype is not None
-        self._empty = empty_parameters(self.original)
+        self.autocasts = precision.dtype is not None
+        self.empty = empty_parameters(self.original)
         self._sharded = any(is_sharded(parameter) for parameter in self._parameters.values())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._empty:
-            warn_of_empty(self.name, self._empty)
-            self._empty = {}
-        # Without gradients there is nothing to synchronise, and ranks may call as often as they like.
-        if self.bypass or not torch.is_grad_enabled():
-            module = self.original
-        else:
-            module = self.wrapped
-            self.num_forward += 1
-        if not self._autocast:
-            return module(*args, **kwargs)
-        accumulation = self.accumulation
-        with accumulation.strategy.autocast(accumulation.world, accumulation.precision):
-            return module(*args, **kwargs)
+    def warn_of_empty(self) -> None:
+        """Say once that parameters were never filled."""
+        warn_of_empty(self.name, self.empty)
+        self.empty = {}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool, assign: bool) -> Any:
         """Load into the user's module. `assign` would put other parameters in place of those that are prepared."""

@@ -44,7 +44,10 @@ class PreparedOptimizer(View):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients, except of an accumulation window that is still open."""
         link = self._link
-        if link.window is None or link.window.may_zero((link,)):
+        window = link.window
+        if window is not None and window.num_backward and not window.closing:
+            return  # as `may_zero` would say, without its call: most micro-batches end here
+        if window is None or window.may_zero((link,)):
             link.original.zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -26,7 +26,8 @@ class PreparedScheduler(View):
         A call after no call of the optimizer's step at all is passed on, as torch would.
         """
         link = self._link
-        if link.optimizer.num_steps != link.num_followed or not link.optimizer.is_held:
+        optimizer = link.optimizer
+        if optimizer.num_steps != link.num_followed or not (optimizer.last_call == "held" or optimizer.is_held):
             link.step(*args, **kwargs)
 
 
