@@ -61,7 +61,7 @@ class SingleDevice(Strategy):
 
     def train_alone(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """It is alone."""
-        return _NOTHING
+        return NOTHING
 
     def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
         """There is nobody to reduce with."""
