@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from strategies.errors import ConfigurationError, StepError
-from strategies.process_group import meeting_store
+from strategies.process_group import close_groups, meeting_store
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED|RESOURCE_EXHAUSTED", re.IGNORECASE)
 _SETTLE_SECONDS = 5.0  # for word of another rank's lack of memory to come after its connection has closed
@@ -73,8 +73,7 @@ def _try(
         mine = "done"
     except Exception as error:
         mine = "memory" if _is_out_of_memory(error) else "error"
-        follows = isinstance(error, RuntimeError) and ranks.any_short_of_memory()
-        if mine == "error" and not follows:
+        if mine == "error" and not (isinstance(error, RuntimeError) and ranks.any_short_of_memory()):
             ranks.tell(mine)
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the model, and everything on the device
@@ -83,7 +82,8 @@ def _try(
         _let_go()  # ranks that wait for this one learn by its closed connections
     if not ranks.wait_for_all():
         return True, result
-    _let_go()
+    if mine == "done":
+        _let_go()
     return False, None
 
 
@@ -94,10 +94,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _let_go() -> None:
-    """Free what the attempt held, and leave its process group."""
+    """Free what the attempt held, and leave its process groups."""
     gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    close_groups()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -161,6 +163,18 @@ def leave() -> None:
     except RuntimeError:  # the store went with its host: nothing is left to share
         pass
     dist.destroy_process_group()
+
+
+def close_groups() -> None:
+    """End every process group and close its connections: ranks that wait in it get an error. Not a collective."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if "torch.distributed.device_mesh" in sys.modules:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        for item in gc.get_objects():  # caches of DTensor keep meshes for ever, and those of torch 2.13 their groups
+            if type(item) is DeviceMesh:
+                getattr(item, "_pg_registry", {}).clear()
 
 
 @contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from accelerator import Accelerator, find_executable_batch_size
+from blocks_net import losses_of, make_net
 from rank_pool import RankPool
-from strategies import DDP, ConfigurationError, StepError
+from strategies import DDP, FSDP, ConfigurationError, StepError
 
 
 def test_sizes_fall_until_memory_suffices() -> None:
@@ -103,3 +106,56 @@ def outside() -> None:
 def test_an_accelerator_outside_is_refused_on_several_ranks(ranks: RankPool) -> None:
     with pytest.raises(ConfigurationError, match="Build the Accelerator inside the function"):
         ranks(outside)
+
+
+def train_and_resume(batch_size: int, strategy: Any, folder: str, error: str) -> tuple[int, list[int], Any]:
+    """An epoch of five updates of eight samples; rank 1 has memory for three of them, and then for batches of two."""
+    accelerator = Accelerator(strategy, global_batch_size=8, project_dir=folder)
+    net = make_net()
+    loader = DataLoader(blocks_data(), batch_size=batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
+    model, optimizer, loader = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=0.05, eps=1e-3), loader)
+    accelerator.resume()
+    steps: list[int] = []
+    for x, y in loader:
+        with accelerator.accumulate(model):
+            if accelerator.process_index == 1 and batch_size > 2 and len(steps) == 3:
+                run_out_of_memory(error)
+            accelerator.backward(losses_of(model(x), y).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            steps.append(accelerator.gradient_accumulation_steps)
+            if len(steps) == 2 and batch_size > 2:
+                accelerator.save_state()
+    state = accelerator.get_state_dict(model)
+    accelerator.end_training()
+    return batch_size, steps, {name: value for name, value in state.items() if name != "seen"}
+
+
+def run_out_of_memory(error: str) -> None:
+    if error == "torch":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    torch.empty(2**55)  # the allocator of the CPU
+
+
+def blocks_data() -> TensorDataset:
+    x = torch.randn(38, 5, generator=torch.Generator().manual_seed(5))  # the last update has six
+    return TensorDataset(x, x.sum(1).sin())
+
+
+def search_and_resume(*arguments: Any) -> Any:
+    halves = find_executable_batch_size(starting_batch_size=4, reduce_batch_size_fn=lambda size: size // 2)
+    return halves(train_and_resume)(*arguments)
+
+
+@pytest.mark.parametrize(("strategy", "error"), [(DDP(device="cpu"), "allocator"), (FSDP(device="cpu"), "torch")])
+def test_half_the_batch_goes_on_with_the_same_numbers(
+    strategy: Any, error: str, ranks: RankPool, tmp_path: Path
+) -> None:
+    """One rank runs out of memory in the fourth update; all go on after the second, with twice the accumulation."""
+    one, other = ranks(search_and_resume, strategy, str(tmp_path), error)
+    assert one[:2] == other[:2] == (2, [2, 2, 2])
+    plain, _, expected = train_and_resume(8, "cpu", str(tmp_path / "plain"), "never")
+    assert plain == 8
+    for name, weight in expected.items():
+        torch.testing.assert_close(one[2][name], weight, atol=2e-6, rtol=2e-6)
