@@ -36,7 +36,8 @@ def refuse_unless_it_steps(optimizer: Optimizer) -> None:
                     type(optimizer).step(trial, lambda: 0.0)
             results.append([whole(after) - old for after, old in zip(parameters, before, strict=True)])
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         where = "sharded parameters" if has_shards else f"parameters on {held[0].device.type}"
         fused = any(group.get("fused") for group in optimizer.param_groups)
         advice = "Leave out fused=True." if fused else f"Of torch, {WORKING} can."

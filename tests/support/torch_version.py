@@ -15,6 +15,9 @@ ended_peers_are_listed = pytest.mark.skipif(
 collectives_are_profiled = pytest.mark.skipif(
     TORCH < (2, 13), reason="the profiler of this torch does not show the collectives of DistributedDataParallel"
 )
+torchao_runs = pytest.mark.skipif(
+    TORCH < (2, 11), reason="torchao 0.18, the first that is used, needs torch 2.11 or newer"
+)
 
 
 def without_gloo_lines(text: str) -> str:

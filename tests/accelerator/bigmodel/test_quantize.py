@@ -22,8 +22,9 @@ from accelerator.bigmodel import (
 from accelerator.bigmodel.parts import parts_of
 from fresh_process import FreshProcesses
 from strategies.errors import ConfigurationError
+from torch_version import torchao_runs
 
-pytest.importorskip("torchao", minversion="0.18", reason="torchao 0.18 needs torch 2.11 or newer")
+pytestmark = torchao_runs
 
 
 class Language(nn.Module):
