@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from strategies import World, collectives
 from strategies.errors import StateError, listed
-from strategies.shards import copy_whole, whole
+from strategies.shards import copy_whole, is_quantized, whole
 
 from .byte_sizes import number_of_bytes
 from .fit import differing_ties, misfit
@@ -40,6 +40,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str], world: World, *, max_
     """
     limit = max(number_of_bytes(max_shard_size, "max_shard_size"), 1)  # at 0, a file for each tensor
     state = _without_ties(model)
+    quantized = [name for name, tensor in state.items() if is_quantized(tensor)]
+    if quantized:
+        raise StateError(
+            f"{listed(quantized)} of {type(model).__name__} are quantized, which safetensors cannot hold. Keep the "
+            "checkpoint that they were loaded from, and load it with quantize= again."
+        )
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     files = _files(sizes, limit)
     target = _Folder(os.fspath(folder))

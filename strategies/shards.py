@@ -20,6 +20,11 @@ def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
     return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
 
 
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are in others, as those of torchao's are."""
+    return type(tensor) is not Tensor and type(tensor).__module__.startswith("torchao.")
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of `tensor`, in the same memory; all of it if it is not sharded. Not a collective."""
     if not is_sharded(tensor):

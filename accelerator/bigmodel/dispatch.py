@@ -14,13 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from accelerator.byte_sizes import in_words, number_of_bytes
 from strategies.errors import ConfigurationError, PrepareError, listed
 from strategies.prepared.model import DISPATCHED
+from strategies.shards import is_quantized
 from strategies.tree import move
 
 from . import pages
 from .device_map import Kind, infer_auto_device_map
 from .hooks import Unpicklable, attach, follow
 from .load import load_checkpoint_in_model, written
-from .parts import Part, is_quantized, parts_of
+from .parts import Part, parts_of
 from .places import Device, DeviceMap, check_device_map, device_of, device_that_computes, main_device, rests
 from .quantize import Quantize
 from .residency import Copies, Holding, MappedPages, Residency

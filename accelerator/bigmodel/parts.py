@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from strategies import blocks
+from strategies.shards import is_quantized
 
 
 @dataclass(eq=False)
@@ -32,11 +32,6 @@ def size_of(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
         inner: Any = tensor
         return sum(size_of(getattr(inner, name)) for name in inner.__tensor_flatten__()[0])
     return tensor.numel() * (dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype).itemsize
-
-
-def is_quantized(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor are in other tensors, as those of torchao are."""
-    return is_traceable_wrapper_subclass(tensor) and type(tensor).__module__.startswith("torchao")
 
 
 def parts_of(

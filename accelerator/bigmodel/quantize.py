@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from strategies.errors import ConfigurationError, nearest
+from strategies.shards import is_quantized
 
 from .files import tensors_of
-from .parts import is_quantized, size_of
+from .parts import size_of
 from .places import DeviceMap, device_of, main_device, rests
 
 Quantize = str | Mapping[str, str | None]  # "int8", "int4", or names of modules to those or to None

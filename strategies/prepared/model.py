@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from ..errors import PrepareError, StateError, StepError
+from ..errors import PrepareError, StateError, StepError, listed
 from ..sharded_model import release_gathered
-from ..shards import is_sharded
+from ..shards import is_quantized, is_sharded
 from .view import View, make_view
 from .weights import LoadingWhole, empty_parameters, warn_of_empty
 
@@ -183,6 +183,13 @@ def prepare_model(model: nn.Module, accumulation: Accumulation) -> nn.Module:
             "so no strategy can place or synchronise them. Use it for inference without prepare(); or prepare only the "
             "adapters, as a module of their own; or call remove_dispatch(model), or do not dispatch it, and "
             "cut it over processes with strategy='fsdp'."
+        )
+    quantized = [name for name, parameter in model.named_parameters() if is_quantized(parameter)]
+    if quantized:
+        raise PrepareError(
+            f"{listed(quantized)} of {type(model).__name__} are quantized by torchao: they stay where they are, and no "
+            "strategy can move or synchronise them. Use the model for inference without prepare(); or prepare only the "
+            "adapters, as a module of their own; or load it without quantize."
         )
     link = ModelLink(model, accumulation)
     accumulation.models.append(link)

@@ -2,7 +2,7 @@
 
 Every measurement is a process of its own; ways take turns, and medians are printed. Memory is the kernel's peak of the
 resident set (VmHWM) above the interpreter with all imports; mapped pages count. Needs 6 GB of disk in the folder for
-temporary files. Run: python tests/benchmarks/bench_bigmodel.py [load|run|warm|overhead|map] [rounds]
+temporary files. Run: python tests/benchmarks/bench_bigmodel.py [load|second|run|warm|overhead|map] [rounds]
 """
 
 from __future__ import annotations
@@ -174,14 +174,15 @@ def worker(kind: str, way: str, folder: Path) -> dict[str, Any]:
     prepared = (load if kind == "load" else run)(way, folder)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), time.process_time()
     model = prepared()
     found: dict[str, Any] = {"load": time.perf_counter() - start}
     if kind == "load":
+        found["load, processor"] = time.process_time() - spent
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.sum()
-        found["load and read"] = time.perf_counter() - start
+        found |= {"load and read": time.perf_counter() - start, "both, processor": time.process_time() - spent}
     with torch.no_grad():
         times = []
         for _ in range(4):
@@ -219,11 +220,25 @@ def compare(kind: str, ways: list[str], folder: Path, rounds: int) -> None:
             f"{key} {value / 1e6:.0f} MB" if key == "peak" else f"{key} {value:.3f} s" for key, value in row.items()
         ]
         print(f"  {way + ':':38}", ", ".join(words))
+    by_hand = [way for way in ways if way.startswith(("meta", "torch", "to_empty"))]
+    for way in ways if by_hand else ():
+        for key in ("load", "load, processor", "load and read", "both, processor") if way not in by_hand else ():
+            fastest = [min(results[hand][index][key] for hand in by_hand) for index in range(rounds)]
+            pairs = [one[key] / least for one, least in zip(results[way], fastest, strict=True)]
+            print(f"  {key}, {way} / the fastest by hand of each round: {statistics.median(pairs):.2f}")
     base = results.get("in memory")
     for way, found in results.items() if base else ():
         if "warm" in found[0]:
             pairs = [one["warm"] / two["warm"] for one, two in zip(found, base or [], strict=True)]
             print(f"  warm, {way} / in memory: {statistics.median(pairs):.2f}")
+
+
+def forward_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    def once() -> None:
+        with torch.no_grad():
+            model(x)
+
+    return once
 
 
 def warm(folder: Path, rounds: int) -> None:
@@ -232,17 +247,24 @@ def warm(folder: Path, rounds: int) -> None:
     x = torch.randn(1, TOKENS, WIDTH)
     models = {way: run(way, folder)() for way in ("in memory", "ours within 512MB", "Accelerate")}
 
-    def forward(model: nn.Module) -> Callable[[], None]:
-        def once() -> None:
-            with torch.no_grad():
-                model(x)
-
-        return once
-
-    arms = {way: forward(model) for way, model in models.items()}
+    arms = {way: forward_of(model, x) for way, model in models.items()}
     for words, clock in (("wall time", time.perf_counter), ("processor time of all threads", time.process_time)):
         print(f"  {words}")
         ratios(arms, baseline="in memory", rounds=rounds, clock=clock)
+
+
+def second(folder: Path, rounds: int) -> None:
+    """Forwards after the first, that take turns in one process: loaded models over one built in the ordinary way."""
+    torch.set_num_threads(1)
+    x = torch.randn(1, TOKENS, WIDTH)
+    ways = {"built": "torch.load, load_state_dict", "ours, mapped": "ours, mapped", "ours, copied": "ours, copied"}
+    models = {name: load(way, folder)() for name, way in ways.items()}
+    for name, model in models.items():
+        print(f"  {name}: weights begin at {sorted({w.data_ptr() % 64 for w in model.parameters()})} modulo 64 bytes")
+    arms = {name: forward_of(model, x) for name, model in models.items()}
+    for words, clock in (("wall time", time.perf_counter), ("processor time", time.process_time)):
+        print(f"  {words}")
+        ratios(arms, baseline="built", rounds=rounds, clock=clock)
 
 
 def overhead() -> None:
@@ -302,6 +324,10 @@ def main(what: str, rounds: int) -> None:
                 "to_empty, one file per tensor",
             ]
             compare("load", [*hand, "ours, mapped", "ours, copied", "Accelerate"], Path(temporary) / "load", rounds)
+        if what in ("second", "all"):
+            print("forwards after the first, 1 GB in 5 blocks")
+            write(Path(temporary) / "second", 5, torch_files=True)
+            second(Path(temporary) / "second", 4 * rounds)
         if what in ("run", "all"):
             print("running 2 GB in 10 blocks from the disk")
             write(Path(temporary) / "run", 10, torch_files=False)
@@ -322,7 +348,7 @@ def main(what: str, rounds: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "what", nargs="?", default="all", choices=["all", "load", "run", "warm", "overhead", "map", "worker"]
+        "what", nargs="?", default="all", choices=["all", "load", "run", "warm", "second", "overhead", "map", "worker"]
     )
     parser.add_argument("rounds", nargs="?", type=int, default=5)
     parser.add_argument("--kind")

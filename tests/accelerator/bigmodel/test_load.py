@@ -189,6 +189,20 @@ def test_a_prepared_model_that_is_cut_over_ranks(ranks: RankPool, tmp_path: Path
     ranks(load_into_a_sharded_model, str(as_shards(make_net().state_dict(), tmp_path)), nproc=2)
 
 
+def save_shards(folder: str) -> None:
+    accelerator = Accelerator("fsdp")
+    accelerator.save_model(accelerator.prepare(make_net()), folder, max_shard_size="600B")
+
+
+def test_shards_that_two_ranks_saved(ranks: RankPool, tmp_path: Path) -> None:
+    ranks(save_shards, str(tmp_path), nproc=2)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    with init_empty_weights():
+        model = Net()
+    load_checkpoint_in_model(model, tmp_path)
+    torch.testing.assert_close(dict(model.state_dict()), dict(make_net().state_dict()), rtol=0, atol=0)
+
+
 def test_everything_that_does_not_fit_is_reported_together_and_nothing_loaded() -> None:
     model = make_net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
