@@ -6,7 +6,7 @@ The same script in one process or in several, with the same numbers:
     accelerator launch --nproc-per-node 2 --strategy ddp examples/train_digits.py
 
 `diff -w examples/plain_loop.py examples/train_digits.py` shows the five lines that train it (import, constructor,
-prepare, accumulate, backward) and those that report for all processes at once (gather_for_metrics, print).
+prepare, accumulate, backward) and those that report for all processes at once (gather_for_metrics, progress, print).
 Expected output, ten lines, the last of them like
 
     epoch 10  loss 0.011  test accuracy 98.9%  9000 samples/s
@@ -18,7 +18,6 @@ import sys
 import time
 
 import torch
-from rich.progress import BarColumn, Progress
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -44,12 +43,6 @@ def make_model():
     return nn.Sequential(*block(1, 32, stride=1), *block(32, 64, stride=2), nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
 
 
-def progress_bar(visible=True):
-    """A bar on a terminal; elsewhere the line per epoch has to do."""
-    columns = ("training", BarColumn(), "loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} samples/s")
-    return Progress(*columns, disable=not (visible and sys.stdout.isatty()), transient=True)
-
-
 def main(curve_path):
     accelerator = Accelerator(seed=0, split_batches=True)  # 64 is the batch of all processes together
     train, test = load_data()
@@ -62,31 +55,29 @@ def main(curve_path):
         model, optimizer, scheduler, train_loader, test_loader
     )
     curve = []  # the mean loss of every optimizer step
-    with progress_bar(accelerator.is_main_process) as bar:
-        task = bar.add_task("", total=NUM_EPOCHS * len(train_loader), loss=0, speed=0)
-        for epoch in range(1, NUM_EPOCHS + 1):
-            model.train()
-            start, num_seen = time.perf_counter(), 0
-            for images, labels in train_loader:
-                with accelerator.accumulate(model):
-                    losses = cross_entropy(model(images), labels, reduction="none")
-                    accelerator.backward(losses.mean())
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
-                losses = accelerator.gather_for_metrics(losses)
-                curve.append(losses.mean().item())
-                num_seen += len(losses)
-                speed = num_seen / (time.perf_counter() - start)
-                bar.update(task, advance=1, loss=curve[-1], speed=speed)
-            model.eval()
-            right = []
-            with torch.no_grad():
-                for images, labels in test_loader:
-                    right += accelerator.gather_for_metrics(model(images).argmax(1) == labels).tolist()
-            accuracy = sum(right) / len(test)
-            line = f"epoch {epoch}  loss {curve[-1]:.3f}  test accuracy {accuracy:.1%}  {speed:.0f} samples/s"
-            accelerator.print(line)
+    style = "bar" if sys.stderr.isatty() else "none"  # elsewhere the line per epoch has to do
+    for epoch in range(1, NUM_EPOCHS + 1):
+        model.train()
+        start, num_seen = time.perf_counter(), 0
+        for images, labels in accelerator.progress(train_loader, description=f"epoch {epoch}", style=style):
+            with accelerator.accumulate(model):
+                losses = cross_entropy(model(images), labels, reduction="none")
+                accelerator.backward(losses.mean())
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            losses = accelerator.gather_for_metrics(losses)
+            curve.append(losses.mean().item())
+            num_seen += len(losses)
+            speed = num_seen / (time.perf_counter() - start)
+        model.eval()
+        right = []
+        with torch.no_grad():
+            for images, labels in test_loader:
+                right += accelerator.gather_for_metrics(model(images).argmax(1) == labels).tolist()
+        accuracy = sum(right) / len(test)
+        line = f"epoch {epoch}  loss {curve[-1]:.3f}  test accuracy {accuracy:.1%}  {speed:.0f} samples/s"
+        accelerator.print(line)
     if curve_path and accelerator.is_main_process:
         with open(curve_path, "w") as file:
             json.dump({"losses": curve, "accuracy": accuracy}, file)

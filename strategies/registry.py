@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .errors import ConfigurationError, nearest
 
 if TYPE_CHECKING:
     from .base import Strategy
 
+T = TypeVar("T")
 ENTRY_POINT_GROUP = "accelerator.strategies"
 
 BUILT_IN = {
@@ -55,16 +56,24 @@ def resolve(name: str) -> type[Strategy]:
 def _load(name: str, path: str) -> type[Strategy]:
     from .base import Strategy
 
+    return load_class(path, Strategy, f"strategy is {name!r}")  # type: ignore[type-abstract]  # a class below it
+
+
+def load_class(path: str, base: type[T], said: str) -> type[T]:
+    """The class at `package.module:Class`, below `base`. `said` begins errors: which setting has which value.
+
+    Raises `ConfigurationError` for a module or attribute that does not exist, and for anything else than such a class.
+    """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
-        raise ConfigurationError(f"strategy is {name!r}; expected 'package.module:Class' with both parts")
+        raise ConfigurationError(f"{said}; expected 'package.module:Class' with both parts")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(
-            f"strategy is {name!r}, but {path!r} cannot be imported: {error}. "
+            f"{said}, but {path!r} cannot be imported: {error}. "
             "Expected 'package.module:Class' of an importable module."
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Strategy)):
-        raise ConfigurationError(f"strategy is {name!r}, but {path!r} is {found!r}; expected a subclass of Strategy")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigurationError(f"{said}, but {path!r} is {found!r}; expected a subclass of {base.__name__}")
     return found

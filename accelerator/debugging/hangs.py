@@ -22,6 +22,7 @@ from strategies import World
 from strategies.observer import Observer
 from strategies.process_group import explain_lost_peer, shared_store
 
+from .flight import pending
 from .position import Waits, locate, signature, stack_of
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ class HangWatch(Observer):
 
     def _report(self, seconds: float, *, detailed: bool) -> Report:
         position = locate(stack_of(self._watched), detailed=detailed)
+        if detailed and not position.waits_in and (called := pending()):
+            position = replace(position, where=f"{position.where}, while {called} has not ended")
         host, pid = socket.gethostname(), os.getpid()
         return Report(self._world.rank, **asdict(position), since=round(seconds, 1), host=host, pid=pid)
 

@@ -63,7 +63,7 @@ class Waits:
 
         What waits inside torch or an installed package (queues of workers, collectives) may wake up again and again.
         """
-        if not self._counts or not frames or _is_within(frames[0].f_code.co_filename, (*_OURS, *_LIBRARIES)):
+        if not self._counts or not frames or not is_of_the_script(frames[0].f_code.co_filename):
             return 0
         with contextlib.suppress(OSError):  # the thread has ended
             for line in self._path.read_text().splitlines():
@@ -71,6 +71,11 @@ class Waits:
                 if name == "voluntary_ctxt_switches":
                     return int(count)
         return 0
+
+
+def is_of_the_script(path: str) -> bool:
+    """Whether a file is neither of torch, nor of this library, nor of an installed one."""
+    return not _is_within(path, (*_OURS, *_LIBRARIES))
 
 
 def signature(frames: list[FrameType]) -> tuple[tuple[int, int], ...]:
@@ -86,7 +91,7 @@ def locate(frames: list[FrameType], *, detailed: bool = False) -> Position:
     inside: list[FrameType] = []
     for frame in frames:
         path = frame.f_code.co_filename
-        if not _is_within(path, (*_OURS, *_LIBRARIES)):
+        if is_of_the_script(path):
             where = f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
             return Position(where, *_collective(inside, detailed=detailed))
         inside.append(frame)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Sequence
 from importlib import metadata
 
 from strategies.errors import ConfigurationError, nearest
+from strategies.registry import load_class
 
 from .tracker import Tracker
 
@@ -66,16 +66,7 @@ def _made(name: str, origin: str) -> Tracker:
                 f"{nearest(name.lower(), options)}"
             )
         path = entries[name]
-    module, _, attribute = path.partition(":")
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(
-            f"trackers names {name!r} ({origin}), but {path!r} cannot be imported: {error}. "
-            "Expected 'package.module:Class' of an importable module."
-        ) from error
-    if not (isinstance(kind, type) and issubclass(kind, Tracker)):
-        raise ConfigurationError(f"trackers names {name!r} ({origin}), which is {kind!r}; expected a Tracker class")
+    kind: type[Tracker] = load_class(path, Tracker, f"trackers names {name!r} ({origin})")  # type: ignore[type-abstract]
     tracker = kind()
     _check_installed(tracker, origin)
     return tracker

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -90,6 +91,13 @@ def stopped_process() -> None:
     accelerator.wait_for_everyone()  # for the stopped one
 
 
+def beside_python() -> None:
+    accelerator = start()
+    if accelerator.is_main_process:
+        dist.all_reduce(torch.ones(3), async_op=True)  # beside Python
+    time.sleep(FOR_EVER)  # in no collective
+
+
 # The function, what the verdict says of the rank that waits and of the one it waits for, each with a line
 HANGS: dict[str, tuple[Callable[[], None], list[tuple[str, str]]]] = {
     "conditional collective": (
@@ -118,6 +126,19 @@ HANGS: dict[str, tuple[Callable[[], None], list[tuple[str, str]]]] = {
         ],
     ),
 }
+
+
+def test_a_collective_beside_python_is_named_from_the_flight_recorder(ranks: RankPool) -> None:
+    ended = [
+        str(error)
+        for error in ranks(beside_python, return_exceptions=True, timeout=FOR_EVER, env={"TORCH_FR_BUFFER_SIZE": "100"})
+    ]
+    told = next(text for text in ended if "HangError" in text)
+    rank_0, rank_1 = (told.partition(f"Rank {rank} is in no collective, at ")[2] for rank in (0, 1))
+    assert line("in no collective") in rank_0.partition(", while")[0]
+    assert re.match(r" all_reduce of \(3,\) Float, called at .*", rank_0.partition(", while")[2])
+    assert line("beside Python") in rank_0.partition("called at ")[2].partition("has not ended")[0]
+    assert "has not ended" not in rank_1.splitlines()[0]
 
 
 @pytest.mark.parametrize("name", HANGS)

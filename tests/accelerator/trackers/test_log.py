@@ -347,7 +347,7 @@ def test_trackers_are_a_setting_like_the_others(tmp_path: Path, monkeypatch: pyt
     [
         (("tensorbord",), r"trackers names 'tensorbord' \(code\); expected jsonl, .* Did you mean 'tensorboard'\?"),
         (("no_such_package:Tracker",), "'no_such_package:Tracker' cannot be imported: No module named"),
-        (("json:dumps",), "expected a Tracker class"),
+        (("json:dumps",), "expected a subclass of Tracker"),
         ("jsonl", "trackers is 'jsonl' .code.; expected a list of text"),
         ((3,), "expected a list of text"),
     ],
