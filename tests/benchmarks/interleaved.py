@@ -18,18 +18,22 @@ def ratios(
     baseline: str,
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, tuple[float, float, float]]:
     """Median, lower and upper quartile of each arm's time over the baseline's, taken within each round.
 
-    Every arm runs once before anything counts. Garbage is collected between runs and not during them. The
+    Every arm runs once before anything counts. Garbage is collected between runs and not during them, and `before`
+    is called before each, which does not count. The
     order of arms is turned round from round to round, so that none always follows the same one.
     """
     for run in arms.values():
+        before()
         run()
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for index in range(rounds):
         for name in names if index % 2 == 0 else reversed(names):
+            before()
             gc.collect()
             gc.disable()
             start = clock()
