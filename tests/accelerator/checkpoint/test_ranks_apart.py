@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from strategies import CPU, DDP, AcceleratorError, StateError
 
 def apart(case: str, folder: str) -> str:
     """What this rank's error says."""
-    own = f"{folder}/rank{Accelerator(DDP()).process_index}"
+    own = f"{folder}/rank{os.environ['RANK']}"
     accelerator = Accelerator(DDP(), project_dir=own if case.startswith("project") else folder)
     net = nn.Linear(2, 2)
     accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
@@ -67,8 +68,6 @@ def test_one_error_on_all(ranks: RankPool, tmp_path: Path, case: str) -> None:
 
 def each_its_disk(folder: str) -> list[str]:
     """One path that leads each rank to a folder of its own, as /local does on two machines."""
-    import os
-
     accelerator = Accelerator(DDP())
     accelerator.prepare(nn.Linear(2, 2))
     rank = accelerator.process_index

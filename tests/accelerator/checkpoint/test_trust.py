@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
 import random
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,7 @@ import xxhash
 from torch import nn
 
 from accelerator import Accelerator
-from fresh_process import FreshProcesses
-from rank_pool import RankPool
+from rank_pool import RankPool, WorkerDied
 from strategies import CPU, DDP, FSDP, PrepareError, StateError
 
 
@@ -177,54 +178,41 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     accelerator.save_state()
 
 
-KILLED = """
-import os, signal, sys, threading, torch
-from accelerator import Accelerator
-from torch import nn
-
-class Net(nn.Sequential):
-    pass
-
-accelerator = Accelerator("cpu", project_dir=sys.argv[1])
-torch.manual_seed(0)
-net = Net(*[nn.Linear(300, 300) for _ in range(8)])
-model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9))
-accelerator.resume()
-print("resumed", flush=True)
-for step in range(10**6):
-    accelerator.backward(model(torch.ones(2, 300)).pow(2).mean())
-    optimizer.step()
-    optimizer.zero_grad()
-    accelerator.save_state(keep_last=2)
-    if step == 0:
-        threading.Timer(float(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
-"""
+class Deep(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(*[nn.Linear(300, 300) for _ in range(8)])
 
 
-def test_a_kill_at_any_moment_leaves_the_one_before(fresh: FreshProcesses, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(KILLED)
+def deep(folder: str | Path) -> tuple[Accelerator, Any, Any]:
+    accelerator = Accelerator(CPU(), project_dir=folder)
+    net = Deep()
+    return (accelerator, *accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)))
+
+
+def train_until_killed(folder: str, delay: float) -> None:
+    accelerator, model, optimizer = deep(folder)
+    accelerator.resume()
+    for step in itertools.count():
+        accelerator.backward(model(torch.ones(2, 300)).pow(2).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        accelerator.save_state(keep_last=2)
+        if step == 0:
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def test_a_kill_at_any_moment_leaves_the_one_before(ranks: RankPool, tmp_path: Path) -> None:
     steps = []
     for index in range(4):
-        (finished,) = fresh([str(script), str(tmp_path), str(0.05 + 0.037 * index)])
-        assert finished.returncode == -signal.SIGKILL
-        assert "resumed" in finished.stdout
-        accelerator = Accelerator(CPU(), project_dir=tmp_path)
-        net = KilledNet()
-        accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9))
-        found = accelerator.resume()
+        arguments = (str(tmp_path), 0.05 + 0.037 * index)
+        (killed,) = ranks(train_until_killed, *arguments, nproc=1, return_exceptions=True)
+        assert isinstance(killed, WorkerDied), killed
+        found = deep(tmp_path)[0].resume()
         assert found is not None
         steps.append(int(found.name.removeprefix("step-")))
     assert steps == sorted(set(steps))
     # Two last ones, the newest known to be good, the oldest not known yet, and one whose deletion the kill came before.
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) <= 5
-
-
-def KilledNet() -> nn.Module:
-    class Net(nn.Sequential):
-        pass
-
-    return Net(*[nn.Linear(300, 300) for _ in range(8)])
 
 
 # -- another run -----------------------------------------------------------------------------------------------
