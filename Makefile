@@ -29,12 +29,14 @@ test: $(DEV)
 # The lowest torch we support is also the only one torch_xla has, so one environment serves both. Of the tests that need
 # no torch_xla, those are left out that another torch shows nothing new about: the launcher and the command line, settings
 # and their conversion, trackers, examples and docs, the rules of the source tree, the pool that tests run on, and pure
-# arithmetic on positions and orders.
+# arithmetic on positions and orders; reports, ledgers, and which checkpoints are kept and when.
 NOT_ABOUT_TORCH := accelerator/launch accelerator/cli accelerator/configure accelerator/trackers accelerator/doctor \
 	accelerator/test_config.py accelerator/test_choice.py accelerator/test_batch_arithmetic.py \
 	accelerator/test_lines.py accelerator/test_processes.py examples test_architecture.py test_rank_pool.py \
 	strategies/test_sharding.py strategies/test_registry.py strategies/test_tree.py strategies/test_drawn.py \
-	strategies/test_seeded.py strategies/test_hugging_face.py strategies/test_loader_arguments.py
+	strategies/test_seeded.py strategies/test_hugging_face.py strategies/test_loader_arguments.py \
+	accelerator/report accelerator/test_ledger.py accelerator/test_progress.py accelerator/test_padding.py \
+	accelerator/checkpoint/test_retention.py accelerator/checkpoint/test_preemption.py
 
 test-xla: $(XLA)
 	$(VENV_XLA)/bin/python $(PYTEST) $(NOT_ABOUT_TORCH:%=--ignore=tests/%) tests

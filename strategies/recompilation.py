@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .reads import ReadingLines, line_of_the_loop
 from .tree import describe
@@ -18,20 +21,34 @@ _CHANGES_WITHOUT_WARNING = 2  # a schedule reaches 0 or 1, which are numbers of 
 _MOST_SHAPES = 1000  # remembered
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """Programs compiled, tensors copied, values read; the last where it is looked at."""
+
+    compiled: int
+    copies: int
+    reads: int
+
+
 class Recompilations:
     """Counts, for one Accelerator, what its programs cost: compilations, runs, shapes of batches.
 
-    Warns once for each cause, after the first steps.
+    Warns once for each cause, after the first steps. Every window is counted cheaply, by the copies between devices
+    and the host; reads alone are counted where there are more copies than in a window that was seen to read nothing.
     """
 
     def __init__(self) -> None:
         self.num_steps = 0
-        self._known: dict[tuple[str, ...], int] = {}  # shapes of the batches of a window, and how many windows had them
-        self._window: list[str] = []  # shapes of this window's batches so far
+        self._known: dict[tuple[Hashable, ...], int] = {}  # how many windows had batches of these shapes
+        self._words: dict[Hashable, str] = {}  # for the shapes of a batch
+        self._window: list[Hashable] = []  # shapes of this window's batches so far
         self._last_was_new = False
         self._is_left = False
-        self._begun: tuple[int, int] | None = None  # programs compiled and values read when the first of them was taken
+        self._begun: _Counts | None = None  # when the first batch of the window was taken
+        self._usual = -1  # copies in a window that read nothing
         self._reads = 0
+        self._suspects = False  # whether reads are counted in this window
+        self._found = False  # whether there were any in the window before
         self._observer: ReadingLines | None = None  # of the window after one that read
         self._changes = 0
         self._warned: set[str] = set()
@@ -41,12 +58,14 @@ class Recompilations:
         if not torch.is_grad_enabled():
             return
         if not self._window:
-            self._begun = _num_compiled(), _num_read()
-            looks = self._reads and self.num_steps > _WARM_UP_STEPS and "read" not in self._warned
-            if looks and self._observer is None:
+            if self._found and self._observer is None and "read" not in self._warned:
                 self._observer = ReadingLines()
                 self._observer.begin()
-        self._window.append(describe(batch))
+            self._begun = self._count()
+        shapes = _shapes_of(batch)
+        if shapes not in self._words and len(self._words) < _MOST_SHAPES:
+            self._words[shapes] = describe(batch)
+        self._window.append(shapes)
 
     def leave_window(self) -> None:
         """Leave this window out: it was saved or restored while it is open, which reads, and cuts its program."""
@@ -56,7 +75,10 @@ class Recompilations:
         """Look at what was read since the window's first batch was taken: nothing, in a loop that only records."""
         if not torch.is_grad_enabled():
             return
-        self._reads = _num_read() - self._begun[1] if self._begun is not None and not self._is_left else 0
+        if self._begun is None or self._is_left:
+            self._reads = 0
+        else:
+            self._look(self._begun)
         if self._observer is not None and self._observer.end():
             self._tell_of_reads(self._observer.lines)
             self._observer = None
@@ -64,9 +86,9 @@ class Recompilations:
     def after_run(self) -> None:
         """Look at what this step compiled."""
         if not torch.is_grad_enabled():  # evaluation reads what it likes
-            self._begun = (_num_compiled(), _num_read()) if self._window else None
+            self._begun = self._count() if self._window else None
             return
-        compiled = _num_compiled() - self._begun[0] if self._begun is not None else 0
+        compiled = _num_compiled() - self._begun.compiled if self._begun is not None else 0
         window, self._window, self._begun = tuple(self._window), [], None
         if self._is_left:
             self._is_left = False
@@ -80,7 +102,10 @@ class Recompilations:
             return
         if compiled and is_new and len(self._known) > _SHAPES_WITHOUT_WARNING:
             latest = list(self._known.items())[-3:]
-            listed = "; ".join(f"{' then '.join(shapes)} ({count} times)" for shapes, count in latest)
+            listed = "; ".join(
+                f"{' then '.join(self._words.get(one, '...') for one in shapes)} ({count} times)"
+                for shapes, count in latest
+            )
             self._warn(
                 "shape",
                 "windows have had batches of %d different shapes so far, and each is compiled anew: ..., %s. Pad "
@@ -100,6 +125,21 @@ class Recompilations:
                     self.num_steps,
                 )
 
+    def _count(self) -> _Counts:
+        return _Counts(_num_compiled(), _num_copies(), _num_read() if self._suspects else 0)
+
+    def _look(self, begun: _Counts) -> None:
+        copies = _num_copies() - begun.copies
+        if self._suspects:
+            self._reads = _num_read() - begun.reads
+            self._found = self._reads > 0
+            self._suspects = self._found and "read" not in self._warned
+            if not self._found:
+                self._usual = max(self._usual, copies)
+        else:
+            self._reads = max(0, copies - self._usual)  # at most
+            self._suspects = self._reads > 0 and self.num_steps >= _WARM_UP_STEPS and "read" not in self._warned
+
     def _tell_of_reads(self, lines: list[str]) -> None:
         if self._reads:
             where = ", ".join(sorted(set(lines))) or "something (print, perhaps)"
@@ -117,16 +157,35 @@ class Recompilations:
             _log.warning(f"{words}. The window ended at %s", *values, line_of_the_loop())
 
 
+def _shapes_of(tree: Any) -> Hashable:
+    """What tells batches of different shapes apart: as `describe`, and ten times as fast."""
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.dtype
+    if isinstance(tree, list | tuple):
+        return tuple([_shapes_of(value) for value in tree])
+    if isinstance(tree, Mapping):
+        return tuple([(key, _shapes_of(value)) for key, value in tree.items()])
+    return describe(tree)
+
+
 def _num_compiled() -> int:
     """Programs compiled in this process so far, counted where it happens."""
-    import torch_xla.debug.metrics as metrics
+    import torch_xla
 
-    return metrics.counter_value("UncachedCompile") or 0
+    return torch_xla._XLAC._xla_counter_value("UncachedCompile") or 0
+
+
+def _num_copies() -> int:
+    """Tensors copied between devices and the host in this process so far, either way, and values read. Costs 1 us."""
+    import torch_xla
+
+    value_of = torch_xla._XLAC._xla_counter_value
+    return (value_of("xla::_to_copy") or 0) + (value_of("aten::_local_scalar_dense") or 0)
 
 
 def _num_read() -> int:
-    """Values read from devices in this process so far, counted where it happens. Costs up to 70 us."""
-    import torch_xla.debug.metrics as metrics
+    """Values read from devices in this process so far, counted where it happens. Costs up to 350 us."""
+    import torch_xla
 
-    reads = metrics.metric_data("TransferFromDeviceTime")
+    reads = torch_xla._XLAC._xla_metric_data("TransferFromDeviceTime")
     return reads[0] if reads else 0

@@ -74,8 +74,22 @@ def describe(tree: Any, any_length_of: int | Literal["all"] | None = None) -> st
 def iterate_tensors(tree: Any) -> Iterator[Tensor]:
     """Every tensor of `tree`, in the order in which `map_tensors` meets them."""
     found: list[Tensor] = []
-    map_tensors(found.append, tree)
+    _collect(tree, found)
     return iter(found)
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            _collect(value, found)
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            _collect(value, found)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for field in dataclasses.fields(tree):
+            _collect(getattr(tree, field.name), found)
 
 
 def move(tree: Any, device: torch.device) -> Any:
@@ -84,7 +98,10 @@ def move(tree: Any, device: torch.device) -> Any:
     Copies from pinned memory do not block.
     """
     if isinstance(tree, Tensor):
-        return tree.to(device, non_blocking=tree.is_pinned() if tree.device.type == "cpu" else False)
+        may_overlap = device.type not in ("cpu", "xla") and tree.device.type == "cpu"
+        return tree.to(device, non_blocking=may_overlap and tree.is_pinned())
+    if type(tree) is list or type(tree) is tuple:  # the usual batch, before anything is looked up
+        return type(tree)([move(value, device) for value in tree])
     if callable(getattr(tree, "to", None)) and not isinstance(tree, type):
         return tree.to(device)
     if isinstance(tree, Mapping):

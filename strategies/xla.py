@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import blocks, xla_runtime
 from .base import NOTHING, Strategy
-from .errors import ConfigurationError, PrepareError
+from .errors import ConfigurationError, DataError, PrepareError
 from .init_module import born_on
 from .precision import Precision
 from .recompilation import Recompilations
@@ -153,8 +153,16 @@ class XLA(Strategy):
                 if own.layout is not None:
                     for tensor in iterate_tensors(placed):
                         own.layout.place_batch(tensor)
-                self._allow_reads(not torch.is_grad_enabled())  # evaluation reads what it likes
+                if self.full_graph:
+                    xla_runtime.allow_reads(not torch.is_grad_enabled())  # evaluation reads what it likes
                 yield placed
+        except RuntimeError as error:
+            if "in DataLoader worker" in str(error) and xla_runtime.is_forbidden(error):
+                raise DataError(
+                    "a worker process of the loader used a device of torch_xla, and forked processes cannot: it would "
+                    "hang there. Keep what the dataset and collate_fn use on the CPU; batches are moved here."
+                ) from error
+            raise
         finally:
             self._allow_reads(True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib import metadata
 
@@ -40,9 +41,17 @@ def start(strategy: str, *, wants_mesh: bool) -> tuple[torch.device, int]:
         xr.use_spmd()
     device = torch_xla.device()
     _refuse_late_start(device)
+    _forbid_where_forked()
     if is_first:
         seed(torch.initial_seed())  # torch_xla's own is the same in every process
     return device, num_devices
+
+
+@functools.cache  # once in a process
+def _forbid_where_forked() -> None:
+    """Have forked processes raise where they run anything: they would wait for ever for threads of this one."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=functools.partial(allow_reads, False))
 
 
 def seed(value: int) -> None:
@@ -70,6 +79,11 @@ def allow_reads(allowed: bool) -> None:
     import torch_xla
 
     torch_xla._XLAC._set_allow_execution(allowed)
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Whether `error` is what a process gets that reads, or runs anything, while that is not allowed."""
+    return "Unexpected execution happens" in str(error)
 
 
 def _import(strategy: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,23 @@ def test_without_torch_xla_it_says_what_fits(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "torch_xla", None)
     with pytest.raises(LaunchError, match=r"XLA needs torch_xla, and .*expected torch 2.9.0 with torch_xla 2.9.0"):
         Accelerator("xla")
+
+
+def test_a_torch_xla_of_another_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, about = tmp_path / "torch_xla", tmp_path / "torch_xla-2.8.1.dist-info"
+    package.mkdir()
+    about.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('_XLAC.so: undefined symbol: _ZN5torch8autograd10')")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_xla\nVersion: 2.8.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torch_xla"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(LaunchError) as caught:
+        Accelerator("xla")
+    assert f"torch_xla 2.8.1 is installed beside torch {torch.__version__}; expected torch 2.9.0 with" in str(
+        caught.value
+    )
+    assert "Python said: _XLAC.so: undefined symbol" in str(caught.value)
 
 
 def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +93,7 @@ def test_what_was_tied_is_tied_again() -> None:
 class Device:
     """Counts as torch_xla does."""
 
-    compiled = reads = 0
+    compiled = reads = copies = 0
 
 
 @pytest.fixture
@@ -83,6 +101,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     monkeypatch.setattr(recompilation, "_num_compiled", lambda: device.compiled)
     monkeypatch.setattr(recompilation, "_num_read", lambda: device.reads)
+    monkeypatch.setattr(recompilation, "_num_copies", lambda: device.copies + device.reads)
     return device
 
 
@@ -146,3 +165,24 @@ def test_evaluation_reads_what_it_likes(device: Device, caplog: pytest.LogCaptur
         device.reads += 1  # of metrics, after a loop
     assert caplog.messages == []
     assert watch.num_steps == 6
+
+
+def test_copies_that_read_nothing_are_learned(
+    device: Device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recompilation, "ReadingLines", None)  # looking at operations changes the program
+    watch = Recompilations()
+    for number in range(30):
+        device.copies += 3 + number // 10  # of batches to the device; more of them later
+        step(watch, device, 8)
+    assert caplog.messages == []
+    assert not watch._suspects
+
+
+def test_a_save_inside_a_window_is_no_read(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    watch = Recompilations()
+    for _ in range(12):
+        watch.note_batch(torch.zeros(8))
+        watch.leave_window()
+        step(watch, device, 8, compiles=2, reads=5)
+    assert caplog.messages == []

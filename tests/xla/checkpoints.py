@@ -51,7 +51,7 @@ def train(name: str, folder: Path, num_batches: int, *, save: bool = False, kind
             if len(losses) == num_batches:
                 break
     if save:
-        accelerator.save_state()
+        accelerator.save_state(async_=kind is Dropping)
     accelerator.end_training()
     return [float(each.mean()) for each in losses], as_cut
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
+import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -75,7 +76,7 @@ def by_hand(accelerator: Accelerator, kind: Callable[[], nn.Module]) -> Iterator
         for number, batch in enumerate(DataLoader(make_data(4096), batch_size=BATCH), start=1):
             x, y, tokens = (tensor.to(device) for tensor in batch)
             for tensor in (x, y, tokens) if layout is not None else ():
-                layout.place_batch(tensor)
+                xs.mark_sharding(tensor, layout.mesh, (("data", "fsdp"), *[None] * (tensor.ndim - 1)))
             (each_loss(net, x, y).mean() / STEPS).backward()
             if number % STEPS == 0:
                 nn.utils.clip_grad_norm_(net.parameters(), 0.5)

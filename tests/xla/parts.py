@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import torch_xla
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from accelerator import Accelerator, PadBatches
 from compilations import loops
 from conformance import rules
+from loading import exceptions, workers
 from strategies import XLA
 from training import (
     BATCH,
@@ -322,31 +323,6 @@ def clip_value(strategy: XLA) -> Any:
     return max(float((weights_of(model)[n] - w).abs().max()) for n, w in weights_of(twin).items())
 
 
-class Failing(Dataset[Any]):
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, index: int) -> Any:
-        if index == 7:
-            raise ValueError("sample 7 cannot be read")
-        return torch.full((4,), float(index))
-
-
-def exceptions(strategy: XLA) -> Any:
-    """How many batches come before the dataset's own exception, without and with forked workers."""
-    found = {}
-    for num_workers in (0, 2):
-        accelerator = Accelerator(strategy)
-        loader = accelerator.prepare(DataLoader(Failing(), batch_size=2, num_workers=num_workers))
-        number = 0
-        try:
-            for _ in loader:
-                number += 1
-        except ValueError as error:
-            found[num_workers] = [number, "sample 7 cannot be read" in str(error)]
-    return found
-
-
 def export(strategy: XLA) -> Any:
     """Weights go out whole and come back, prepared or plain, cut or not."""
     accelerator = Accelerator(strategy)
@@ -369,7 +345,7 @@ def export(strategy: XLA) -> Any:
 
 PARTS = (
     sgd, adamw, by_tokens, padded, bf16, recomputed, batch_norm, evaluation, resume, dropout, optimizers, clip_value,
-    exceptions, export, loops, rules,
+    exceptions, workers, export, loops, rules,
 )  # fmt: skip
 # What one device shows as well as a mesh of several.
 ONLY_UNDER = {
@@ -377,6 +353,7 @@ ONLY_UNDER = {
     "loops": ("none", "fsdp"),
     "recomputed": ("none", "fsdp"),
     "padded": ("none", "fsdp"),
+    "workers": ("data",),
 }
 
 

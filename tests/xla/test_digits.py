@@ -16,7 +16,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_digits.py"
 def test_the_digits_demo_gives_the_curve_of_a_cpu(fresh: FreshProcesses, tmp_path: Path) -> None:
     curves = []
     for strategy in ("cpu", "xla"):
-        command = ["-m", "accelerator", "launch", "--nproc-per-node", "1", "--strategy", strategy, str(EXAMPLE)]
+        command = ["-m", "accelerator", "launch", "--strategy", strategy, str(EXAMPLE)]
         path = tmp_path / f"{strategy}.json"
         (finished,) = fresh([*command, "--curve", str(path)], timeout=290, env={"XLA_FLAGS": None})
         assert finished.returncode == 0, finished.stderr

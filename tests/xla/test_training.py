@@ -145,5 +145,10 @@ def test_exceptions_of_the_dataset_reach_the_loop(of: Of) -> None:
     assert of("exceptions") == {"0": [3, True], "2": [3, True]}
 
 
+@pytest.mark.parametrize("mode", ["data"], indirect=True)
+def test_a_worker_that_uses_the_device_is_an_error_and_no_hang(of: Of) -> None:
+    assert of("workers").startswith("a worker process of the loader used a device of torch_xla, and forked processes")
+
+
 def test_weights_go_out_whole_and_come_back_as_they_were_cut(of: Of) -> None:
     assert all(of("export").values())
