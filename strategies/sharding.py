@@ -196,6 +196,10 @@ class Order(ABC):
     def indices(self, positions: npt.NDArray[np.int64], epoch: int) -> list[Any]:
         """What is at `positions` of the epoch's order, in lists nested as `positions` is."""
 
+    def whole(self, epoch: int) -> range | memoryview | None:
+        """All of the epoch's order, to take slices of, where it costs nothing to have; else `None`."""
+        return None
+
     @abstractmethod
     def state(self, epoch: int) -> dict[str, Any]:
         """What a position in `epoch` of this order needs besides seed and epoch."""
@@ -230,13 +234,22 @@ class ComputedOrder(Order):
         listed: list[Any] = (self._permuted(positions, epoch) if self.shuffle else positions).tolist()
         return listed
 
+    def whole(self, epoch: int) -> range | memoryview | None:
+        """All of it, unless it is shuffled and long."""
+        if not self.shuffle:
+            return range(self.length)
+        return self._all(epoch).data if self.length <= _SORTED_SAMPLES else None
+
     def _permuted(self, positions: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.int64]:
         if self.length > _SORTED_SAMPLES:
             return permute(positions, self.length, self.seed, epoch)
+        return self._all(epoch)[positions]
+
+    def _all(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._sorted is None or self._sorted[:2] != (self.seed, epoch):
             whole = permute(np.arange(self.length), self.length, self.seed, epoch)
             self._sorted = self.seed, epoch, whole
-        return self._sorted[2][positions]
+        return self._sorted[2]
 
     def state(self, epoch: int) -> dict[str, Any]:
         """Nothing: seed and epoch are enough."""
@@ -274,22 +287,29 @@ class ShardedBatchSampler(Sampler[list[Any]]):
         return self._batches(self.cut, self.epoch)  # as they are now: a later pass may begin before this one is read
 
     def _batches(self, cut: Cut, epoch: int) -> Iterator[list[Any]]:
-        num_full = cut.num_full
-        first_start, first_stop = cut.bounds(0, self.rank) if num_full else (0, 0)
-        within = np.arange(first_start, first_stop, dtype=np.int64)  # (samples of this rank,) in a full batch
-        first, block = 0, _FIRST_BLOCK
-        while first < num_full:
-            size = max(1, block // max(1, len(within)))
-            batches = np.arange(first, min(first + size, num_full), dtype=np.int64)
-            positions = batches[:, None] * cut.global_batch + within  # (batches, samples of this rank)
-            yield from self.order.indices(positions, epoch)
-            first, block = first + size, min(2 * block, _LAST_BLOCK)
+        num_full, whole = cut.num_full, self.order.whole(epoch)
+        start, stop = cut.bounds(0, self.rank) if num_full else (0, 0)
+        if whole is None:
+            yield from self._computed(cut, epoch, np.arange(start, stop, dtype=np.int64))
+        else:  # slices cost less than blocks, whose first call of NumPy is slow between the calls of a loop
+            for batch_start in range(start, start + num_full * cut.global_batch, cut.global_batch):
+                yield list(whole[batch_start : batch_start + stop - start])
         if cut.num_batches > num_full:
             start, stop = cut.bounds(num_full, self.rank)
             if start == stop:
                 start = cut.start + num_full * cut.global_batch
                 stop = start + 1
             yield self.order.indices(np.arange(start, stop, dtype=np.int64), epoch)
+
+    def _computed(self, cut: Cut, epoch: int, within: npt.NDArray[np.int64]) -> Iterator[list[Any]]:
+        """The full batches, computed in blocks; `within` are the positions of this rank in the first: (samples,)."""
+        first, block = 0, _FIRST_BLOCK
+        while first < cut.num_full:
+            size = max(1, block // max(1, len(within)))
+            batches = np.arange(first, min(first + size, cut.num_full), dtype=np.int64)
+            positions = batches[:, None] * cut.global_batch + within  # (batches, samples of this rank)
+            yield from self.order.indices(positions, epoch)
+            first, block = first + size, min(2 * block, _LAST_BLOCK)
 
 
 class ShardedSampler(ShardedBatchSampler):

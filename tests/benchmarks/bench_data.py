@@ -1,4 +1,4 @@
-"""What a prepared dataloader costs: iterating it over a bare one, the first batch of 10^9 samples, seeded samples.
+"""What a prepared dataloader costs: iterating it, the first batch of 10^9 samples, seeded samples, the ledger.
 
 Samples in memory, thread CPU time for ratios, so that other load on the machine counts less; many short rounds.
 Run: python tests/benchmarks/bench_data.py
@@ -11,6 +11,7 @@ import io
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -56,8 +57,10 @@ def on_one_process(batch: int, shuffle: bool) -> None:
 
     print(f"one process, batches of {batch}, {'shuffled' if shuffle else 'in order'}, {SAMPLES} samples")
     ratios({"bare": bare, "prepared": prepared()}, baseline="bare", rounds=ROUNDS, clock=time.thread_time)
-    others = {"bare": bare, "with seed_samples": prepared(seed_samples=True)}
-    ratios(others, baseline="bare", rounds=5, clock=time.thread_time)
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = prepared(data_ledger=True, project_dir=folder, timers=False)
+        others = {"bare": bare, "with seed_samples": prepared(seed_samples=True), "with data_ledger": ledger}
+        ratios(others, baseline="bare", rounds=5, clock=time.thread_time)
 
 
 def on_two_processes(batch: int) -> None:
