@@ -42,11 +42,12 @@ def play(script: str, arguments: tuple[str, ...]) -> str:
     sys.argv[:] = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     logger, printed = logging.getLogger("accelerator"), io.StringIO()
-    level = logger.level
+    level, handlers = logger.level, list(logging.getLogger().handlers)
     with contextlib.redirect_stdout(printed), warnings.catch_warnings():
         warnings.resetwarnings()  # a script's warnings are not errors
         runpy.run_path(script, run_name="__main__")
     logger.setLevel(level)
+    logging.getLogger().handlers[:] = handlers
     return printed.getvalue()
 
 
@@ -243,6 +244,10 @@ def test_evaluate_perplexity(run: Player) -> None:
 
 def test_resume_exactly(run: Player) -> None:
     assert run("resume_exactly") == promised("resume_exactly")
+
+
+def test_certify_a_resume(run: Player) -> None:
+    assert run("certify_a_resume") == promised("certify_a_resume")
 
 
 def test_change_world_size(run: Player, tmp_path: Path) -> None:
