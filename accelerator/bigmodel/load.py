@@ -25,6 +25,7 @@ from .files import of_safetensors, tensors_of
 from .places import Device, DeviceMap, check_device_map, device_of
 from .quantize import Quantize, quantized, ways_of
 
+_AT_ONCE = 2**20  # numbers that are copied together
 Memory = Literal["file", "own", "shared"]  # of a tensor in a checkpoint: mapped, made for it, or not to be kept
 
 
@@ -119,6 +120,7 @@ def load_checkpoint_in_model(
                 _fill_quantized(slot, source, device, dtype, way, memory)
             else:
                 _fill(slot, source, device, dtype, offload_folder, memory, mmap=mmap)
+            del source  # before the next one is read
     if strict:
         _refuse_meta(model)
     return result
@@ -283,10 +285,22 @@ def _fill(
     elif place.type == "cpu" and may_stay and (mmap or memory == "own"):
         slot.put(source)
         return
+    elif memory == "file":
+        slot.put(_copied_in_pieces(source, place, wanted))
+        return
     else:
         slot.put(torch.empty(source.shape, device=place, dtype=wanted).copy_(source))
     if memory == "file":
         pages.give_back(source)
+
+
+def _copied_in_pieces(mapped: Tensor, place: torch.device, dtype: torch.dtype) -> Tensor:
+    """A copy of a mapped tensor, with no more than a piece of it in memory besides."""
+    new = torch.empty(mapped.shape, device=place, dtype=dtype)
+    for piece, target in zip(mapped.view(-1).split(_AT_ONCE), new.view(-1).split(_AT_ONCE), strict=True):
+        target.copy_(piece)
+        pages.give_back(piece)
+    return new
 
 
 def _fill_quantized(

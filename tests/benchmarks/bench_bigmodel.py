@@ -221,11 +221,12 @@ def compare(kind: str, ways: list[str], folder: Path, rounds: int) -> None:
         ]
         print(f"  {way + ':':38}", ", ".join(words))
     by_hand = [way for way in ways if way.startswith(("meta", "torch", "to_empty"))]
-    for way in ways if by_hand else ():
-        for key in ("load", "load, processor", "load and read", "both, processor") if way not in by_hand else ():
-            fastest = [min(results[hand][index][key] for hand in by_hand) for index in range(rounds)]
-            pairs = [one[key] / least for one, least in zip(results[way], fastest, strict=True)]
-            print(f"  {key}, {way} / the fastest by hand of each round: {statistics.median(pairs):.2f}")
+    for key in ("load", "load, processor", "load and read", "both, processor") if by_hand else ():
+        fastest = min(by_hand, key=lambda way: statistics.median(one[key] for one in results[way]))
+        for way in ways:
+            if way not in by_hand:
+                pairs = [one[key] / base[key] for one, base in zip(results[way], results[fastest], strict=True)]
+                print(f"  {key}, {way} / {fastest}: {statistics.median(pairs):.2f}")
     base = results.get("in memory")
     for way, found in results.items() if base else ():
         if "warm" in found[0]:

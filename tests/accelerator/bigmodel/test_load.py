@@ -340,7 +340,7 @@ def memory(field):
 
 def model():
     with init_empty_weights():
-        return torch.nn.Sequential(*[torch.nn.Linear(1024, 1024, bias=False) for _ in range(16)])
+        return torch.nn.Sequential(*[torch.nn.Linear(2048, 2048, bias=False) for _ in range(4)])
 
 torch.set_num_threads(1)
 model()
@@ -350,21 +350,21 @@ for checkpoint, dtype, mmap in json.loads(sys.argv[1]):
     net, before = model(), memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     load_checkpoint_in_model(net, checkpoint, dtype=getattr(torch, dtype), mmap=mmap)
-    assert sum(parameter.sum().item() for parameter in net.parameters()) == sum(range(16)) * 2**20
+    assert sum(parameter.sum().item() for parameter in net.parameters()) == sum(range(4)) * 2**22
     print(memory("VmHWM") - before)
     del net
 print(compiler)
 """
 
 
-def test_peak_memory_is_the_model_and_its_largest_tensor(fresh: FreshProcesses, tmp_path: Path) -> None:
-    state = {f"{index}.weight": torch.full((1024, 1024), float(index)) for index in range(16)}  # 64 MiB
+def test_peak_memory_is_the_model_and_a_piece(fresh: FreshProcesses, tmp_path: Path) -> None:
+    state = {f"{index}.weight": torch.full((2048, 2048), float(index)) for index in range(4)}  # 64 MiB
     paths = {}
     for write in (as_safetensors, as_torch_file, as_one_file_per_tensor):
         (tmp_path / write.__name__).mkdir()
         paths[write] = str(write(state, tmp_path / write.__name__))
     with init_empty_weights():
-        model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(16)])
+        model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(4)])
     model.load_state_dict(state, assign=True)
     paths[save] = str(save(model, tmp_path))
     cases = [
@@ -376,6 +376,6 @@ def test_peak_memory_is_the_model_and_its_largest_tensor(fresh: FreshProcesses, 
     assert finished.returncode == 0, finished.stderr
     *peaks, compiler = finished.stdout.splitlines()
     for case, peak in zip(cases, peaks, strict=True):
-        twice = 4 * (case[0] == paths[save])  # torch reads a piece, and then copies it into place
-        assert float(peak) < case[3] + 4 + twice + 4, case  # MiB: the model, its largest tensor, and a little
+        # MiB: the model, a piece, and a little; torch reads all of what save_state wrote, and then copies it into place
+        assert float(peak) < case[3] + (24 if case[0] == paths[save] else 4) + 4, case
     assert compiler == "False"  # building without memory imports no compiler, which takes seconds and 70 MB
