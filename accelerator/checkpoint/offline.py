@@ -84,7 +84,11 @@ def reader(path: Path, model: str) -> Callable[[str], Tensor]:
         shape, dtype = known[name]
         target = torch.empty(shape, dtype=dtype)
         tensors.read({f"model/{model}/{name}": target}, folder, World(), opened)
-        return target
+        found = target.detach()
+        target.data = torch.empty(
+            0, dtype=dtype
+        )  # torch leaves `target` in cycles, which hold it until they are collected
+        return found
 
     return read
 
