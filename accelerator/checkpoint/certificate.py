@@ -207,8 +207,8 @@ class Certificates(Observer):
     def _settle(self) -> None:
         """Compare the step with the one that is expected, and certify the checkpoints before it. Collective."""
         mine = [MicroBatch(one.batch, float(one.loss), float(one.weight)) for one in self._noted]
-        norm = None if self._norm is None else float(self._norm)
-        everyone = self._peers.gather(mine)
+        gathered = self._peers.gather((mine, None if self._norm is None else float(self._norm)))
+        everyone, norm = [noted for noted, _ in gathered], gathered[0][1]  # one for all, also where ranks train alone
         awaited, expected = self._awaited, self._expected
         self._awaited, self._expected = [], None
         self._forget()
