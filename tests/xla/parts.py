@@ -20,7 +20,7 @@ import torch_xla
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from accelerator import Accelerator, PadBatches
+from accelerator import EMA, Accelerator, PadBatches
 from compilations import loops
 from conformance import rules
 from loading import exceptions, workers
@@ -343,9 +343,32 @@ def export(strategy: XLA) -> Any:
     }
 
 
+def averaged(strategy: XLA) -> Any:
+    """Averages of the weights after each step, laid out as they are, in the model for a while, and out of it again."""
+    accelerator = Accelerator(strategy, gradient_accumulation_steps=STEPS)
+    model = accelerator.prepare(make_net())
+    optimizer, loader = accelerator.prepare(make_sgd(model), DataLoader(make_data(), batch_size=BATCH))
+    ema, expected = EMA(accelerator, model, decay=0.8), dict[str, Tensor]()
+    for _ in steps(accelerator, model, optimizer, loader):
+        if accelerator.sync_gradients:
+            for name, own in weights_of(model).items():
+                expected[name] = torch.lerp(expected[name], own, 1 - 0.8) if name in expected else own
+    own, before = weights_of(model), shapes_on_devices(model, optimizer)
+    with ema.applied():
+        inside = weights_of(model)
+    spec = torch_xla._XLAC._get_xla_sharding_spec
+    return {
+        "averages": max(float((inside[name] - value).abs().max()) for name, value in expected.items()),
+        "apart": any(not torch.equal(inside[name], value) for name, value in own.items()),
+        "restored": all(torch.equal(weights_of(model)[name], value) for name, value in own.items()),
+        "cut as before": shapes_on_devices(model, optimizer) == before,
+        "cut alike": all(spec(ema._averages[name]) == spec(value) for name, value in model.named_parameters()),
+    }
+
+
 PARTS = (
     sgd, adamw, by_tokens, padded, bf16, recomputed, batch_norm, evaluation, resume, dropout, optimizers, clip_value,
-    exceptions, workers, export, loops, rules,
+    exceptions, workers, export, averaged, loops, rules,
 )  # fmt: skip
 # What one device shows as well as a mesh of several.
 ONLY_UNDER = {
@@ -353,6 +376,7 @@ ONLY_UNDER = {
     "loops": ("none", "fsdp"),
     "recomputed": ("none", "fsdp"),
     "padded": ("none", "fsdp"),
+    "averaged": ("data", "fsdp"),
     "workers": ("data",),
 }
 

@@ -122,6 +122,13 @@ def test_resuming_from_state_dicts_is_exact(of: Of) -> None:
     assert of("resume") == {"weights": 0.0, "same shapes": True, "same before a step": True}
 
 
+@pytest.mark.parametrize("mode", ["data", "fsdp"], indirect=True)
+def test_averages_of_weights_lie_where_the_weights_lie(of: Of) -> None:
+    result = of("averaged")
+    assert result.pop("averages") < 1e-6
+    assert result == {"apart": True, "restored": True, "cut as before": True, "cut alike": True}
+
+
 def test_seeds_reach_the_device_and_evaluation_draws_nothing(of: Of) -> None:
     assert of("dropout") == {"same": True, "other": True}
 
