@@ -19,6 +19,7 @@ from .rules.gradients import (
     gradient_weighted,
     two_models,
 )
+from .rules.memory import memory_per_rank
 from .rules.parameters import live_parameters, replicas_agree, step_changes_weights, unwrap_returns_the_module
 from .rules.precision import autocast_dtype, overflow_skips_everywhere
 from .rules.recording import recorded_work_runs
@@ -42,6 +43,7 @@ _IN_ORDER = (
     exceptions_leave_nothing,
     no_communication_in_open_window,
     communication_at_close,
+    memory_per_rank,
     autocast_dtype,
     overflow_skips_everywhere,
     recorded_work_runs,

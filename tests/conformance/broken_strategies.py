@@ -183,6 +183,17 @@ class NeverBroadcasts(ByHand):
 
 
 @dataclass(frozen=True)
+class KeepsCopies(ByHand):
+    """Keeps a copy of every window's gradients, to look at one day."""
+
+    kept: list[Tensor] = field(default_factory=list)
+
+    def reduce_gradients(self, wrapped: Sequence[nn.Module], world: World) -> None:
+        super().reduce_gradients(wrapped, world)
+        self.kept.extend(p.grad.clone() for model in wrapped for p in model.parameters() if p.grad is not None)
+
+
+@dataclass(frozen=True)
 class SumsGradients(ByHand):
     """Adds gradients up over ranks, and does not divide."""
 

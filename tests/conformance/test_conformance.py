@@ -118,6 +118,7 @@ BROKEN = [
     ("no_communication_in_open_window", broken.NeverDefers, 2, "1 of them reductions"),
     ("communication_at_close", broken.NeverSyncsAgain, 2, "without any collective"),
     ("communication_at_close", broken.AveragesTwice, 2, "fewer than twice"),
+    ("memory_per_rank", broken.KeepsCopies, 2, "after 4 steps, rank . holds .* bytes of tensors"),
     ("autocast_dtype", broken.NeverAutocasts, 1, "is float32. Expected: bfloat16"),
     ("autocast_dtype", broken.CastsTheModel, 1, "a parameter is bfloat16"),
     ("overflow_skips_everywhere", broken.HidesOverflow, 2, "stepped although the gradients of rank 1 overflowed"),
