@@ -1,5 +1,6 @@
 """Five lines around a PyTorch training loop: one loop, any hardware, the same numbers, or a clear error."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
@@ -16,14 +17,14 @@ if _Path(_strategies.__file__ or "").parent.parent != _Path(__file__).parent.par
 from strategies import CPU, DDP, AcceleratorError, SingleDevice, Strategy
 
 from .accelerator import Accelerator
-from .batch_size import find_executable_batch_size
 from .config import NOT_GIVEN
-from .ema import EMA
-from .local_sgd import LocalSGD
-from .padding import PadBatches
 
 if _TYPE_CHECKING:
+    from .batch_size import find_executable_batch_size
+    from .ema import EMA
     from .launch import notebook_launcher
+    from .local_sgd import LocalSGD
+    from .padding import PadBatches
 
 __all__ = [
     "CPU",
@@ -42,9 +43,16 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> _Any:
-    if name == "notebook_launcher":  # a script that is being launched needs nothing of the launcher
-        from .launch import notebook_launcher
+_WHERE = {  # what most scripts do not use is imported when it is asked for
+    "EMA": "ema",
+    "LocalSGD": "local_sgd",
+    "PadBatches": "padding",
+    "find_executable_batch_size": "batch_size",
+    "notebook_launcher": "launch",
+}
 
-        return notebook_launcher
+
+def __getattr__(name: str) -> _Any:
+    if name in _WHERE:
+        return getattr(_import_module(f"{__name__}.{_WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

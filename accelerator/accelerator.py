@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,18 @@ from strategies.prepared import DataOptions, View, prepare
 from strategies.recording import default_dtype
 from strategies.tree import num_samples
 
-from . import checkpoint, export, processes
+from . import export, processes
 from .batch_arithmetic import BatchArithmetic
 from .choice import check_world, chosen_name
 from .config import NOT_GIVEN, NotGiven, given, resolve_settings
-from .debugging import Debugging
-from .ending import Ending
+from .ending import Ending, end_run
 from .explain import Explanation, explain
-from .ledger import start_ledger
 from .profiling import Rounds, profiled
 from .progress import progress
 from .ranks import Ranks
-from .record import Record, chosen_trackers, names_of, values_of
-from .trackers import Tracker
+
+if TYPE_CHECKING:
+    from .trackers import Tracker
 
 T = TypeVar("T")
 
@@ -86,6 +85,10 @@ class Accelerator(Ranks):
         first_step_timeout: int | NotGiven | None = NOT_GIVEN,
         config: str | os.PathLike[str] | None = None,
     ) -> None:
+        from .checkpoint import Checkpoints  # what a run is made of is imported where one begins
+        from .debugging import Debugging
+        from .record import Record, chosen_trackers, names_of, values_of
+
         code = given(
             strategy=strategy,
             mixed_precision=mixed_precision,
@@ -117,14 +120,19 @@ class Accelerator(Ranks):
         self._debugging = Debugging(self._settings, self._accumulation)
         configured = {**values_of(self._settings), "strategy": repr(self._strategy)}
         about = {"strategy": self._strategy_name, "mixed_precision": precision.mode, "configuration": configured}
-        self._checkpoints = checkpoint.Checkpoints(self._accumulation, about, self.project_dir)
+        self._checkpoints = Checkpoints(self._accumulation, about, self.project_dir)
         self._seeded_apart = False
         self._seed()
         ends = self._accumulation, self._record, self._checkpoints, self._debugging
-        self._ending = Ending(self, _end, *ends)
+        self._ending = Ending(self, end_run, *ends)
+        self._check()
+
+    def _check(self) -> None:
+        from .ledger import start_ledger
+
         try:
             check_world(self._resolved, self._world)
-            precision.check(self._world.device)
+            self._accumulation.precision.check(self._world.device)
             start_ledger(self._settings, self._accumulation)
         except AcceleratorError:
             self._ending()
@@ -313,7 +321,9 @@ class Accelerator(Ranks):
         multiple of `keep_every` steps, the best by `keep_best=("val_loss", "min")`, or the newest that was followed
         by `healthy_after` updates of finite loss. Raises `StateError` on every rank if one fails.
         """
-        keep = checkpoint.Keep(last=keep_last, every=keep_every, best=keep_best, healthy_after=healthy_after)
+        from .checkpoint import Keep
+
+        keep = Keep(last=keep_last, every=keep_every, best=keep_best, healthy_after=healthy_after)
         target = Path(path) if path is not None else None
         return self._record.saving(
             lambda: self._checkpoints.save(target, metrics=metrics, keep=keep, in_background=async_)
@@ -485,15 +495,3 @@ class Accelerator(Ranks):
     def end_training(self) -> None:
         """Let go of everything prepared and leave the process group. Every rank; done at exit otherwise."""
         self._ending()
-
-
-def _end(accumulation: Accumulation, record: Record, checkpoints: checkpoint.Checkpoints, debugging: Debugging) -> None:
-    """Free what was wrapped, then leave: threads of a process group that outlive their models abort the exit."""
-    try:
-        checkpoints.close()
-    finally:
-        record.close()
-        debugging.stop()
-        accumulation.release()
-        gc.collect()
-        accumulation.strategy.teardown(accumulation.world)

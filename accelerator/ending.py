@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import sys
 import traceback
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from strategies.accumulation import Accumulation
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoints
+    from .debugging import Debugging
+    from .record import Record
 
 
 class Ending:
@@ -51,3 +59,15 @@ class Ending:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)  # Python has no other way to change the code of an exit that has begun
+
+
+def end_run(accumulation: Accumulation, record: Record, checkpoints: Checkpoints, debugging: Debugging) -> None:
+    """Free what was wrapped, then leave: threads of a process group that outlive their models abort the exit."""
+    try:
+        checkpoints.close()
+    finally:
+        record.close()
+        debugging.stop()
+        accumulation.release()
+        gc.collect()
+        accumulation.strategy.teardown(accumulation.world)

@@ -49,11 +49,13 @@ def iterating(loader: DataLoader[Any], sampler: Any = None) -> Callable[[], None
 
 def on_one_process(batch: int, shuffle: bool) -> None:
     samples = data()
+    accelerators: list[Accelerator] = []
     bare = iterating(DataLoader(samples, batch_size=batch, shuffle=shuffle))
 
     def prepared(**options: Any) -> Callable[[], None]:
         loader = DataLoader(samples, batch_size=batch, shuffle=shuffle)
-        return iterating(Accelerator("cpu", seed=0, **options).prepare(loader))
+        accelerators.append(Accelerator("cpu", seed=0, **options))  # a ledger ends with its Accelerator
+        return iterating(accelerators[-1].prepare(loader))
 
     print(f"one process, batches of {batch}, {'shuffled' if shuffle else 'in order'}, {SAMPLES} samples")
     ratios({"bare": bare, "prepared": prepared()}, baseline="bare", rounds=ROUNDS, clock=time.thread_time)
