@@ -68,7 +68,8 @@ class Digested:
         self._file.flush()
 
     def fileno(self) -> int:
-        """The descriptor of the file."""
+        """The descriptor of the file, of which the system has all by now: torch asks for it to put it on the disk."""
+        self.flush()
         return self._file.fileno()
 
     def close(self) -> None:

@@ -381,3 +381,19 @@ def test_tensor_data_that_is_a_pickle_runs_nothing(tmp_path: Path) -> None:
     with pytest.raises(StateError):
         reader(tmp_path)[0].load_state(folder)
     assert not proof.exists()
+
+
+def test_every_byte_is_handed_to_the_system_before_it_is_asked_to_put_it_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk: dict[int, int] = {}
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        on_disk[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    written(tmp_path)
+    files = {path.name: path.stat() for path in checkpoint_of(tmp_path).rglob("*") if path.is_file()}
+    assert all(on_disk[file.st_ino] == file.st_size for file in files.values()), files
