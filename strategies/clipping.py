@@ -37,7 +37,8 @@ def total_norm(parameters: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     held = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = [parameter.grad for parameter in held if parameter.grad is not None]
     if not any(is_sharded(gradient) for gradient in gradients):
-        return torch.nn.utils.get_total_norm(gradients, norm_type)
+        dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+        return torch.nn.utils.get_total_norm(dense, norm_type)
     norm_type = float(norm_type)
     parts = [local(gradient) for gradient in gradients]
     norms = torch._foreach_norm([part if part.numel() else part.new_zeros(1) for part in parts], norm_type)

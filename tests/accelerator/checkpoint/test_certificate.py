@@ -200,3 +200,14 @@ def test_a_mode_that_there_is_not(tmp_path: Path) -> None:
     accelerator = Accelerator(CPU(), project_dir=tmp_path)
     with pytest.raises(ConfigurationError, match="on_drift is 'raise'; expected one of 'warn', 'error'"):
         accelerator.resume(on_drift="raise")  # type: ignore[arg-type]
+
+
+def test_sparse_gradients_have_a_norm(tmp_path: Path) -> None:
+    accelerator = Accelerator(CPU(), project_dir=tmp_path)
+    net = nn.EmbeddingBag(4, 2, sparse=True)
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    folder = accelerator.save_state()
+    accelerator.backward(model(torch.tensor([[1, 2, 1]])).sum())
+    optimizer.step()
+    norm = json.loads((folder / "certificate.json").read_text())["gradient_norm"]
+    assert norm == pytest.approx((2 * (2 / 3) ** 2 + 2 * (1 / 3) ** 2) ** 0.5)
