@@ -55,6 +55,8 @@ def describe(tree: Any, any_length_of: int | Literal["all"] | None = None) -> st
 
     The length of dimension `any_length_of` of each tensor, or of all, is left out.
     """
+    if isinstance(tree, Tensor) and tree.is_nested:
+        return f"nested {tree.dtype}".replace("torch.", "")
     if isinstance(tree, Tensor):
         free = range(tree.ndim) if any_length_of == "all" else [any_length_of]
         lengths = ["*" if dim in free else str(length) for dim, length in enumerate(tree.shape)]

@@ -68,7 +68,7 @@ def fingerprint(batch: Any, cursor: Cursor) -> Fingerprint | None:
 
 def _bytes_of(tensor: Tensor) -> Any:
     """The elements in CPU memory; `None` of a kind that has no such memory."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
         return None
-    held = tensor.detach().cpu().contiguous()
+    held = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return held.reshape(-1).view(torch.uint8).numpy() if held.numel() else b""

@@ -211,3 +211,25 @@ def test_sparse_gradients_have_a_norm(tmp_path: Path) -> None:
     optimizer.step()
     norm = json.loads((folder / "certificate.json").read_text())["gradient_norm"]
     assert norm == pytest.approx((2 * (2 / 3) ** 2 + 2 * (1 / 3) ** 2) ** 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_batches_of_any_tensors_are_read_or_left_out(tmp_path: Path) -> None:
+    x = torch.ones(2, 2)
+    odd = {
+        "conjugate": (x * 1j).conj(),
+        "negative": (x * 1j).conj().imag,
+        "meta": x.to("meta"),
+        "sparse": x.to_sparse(),
+    }
+    odd["nested"] = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+    accelerator = Accelerator(CPU(), project_dir=tmp_path)
+    net = nn.Linear(2, 1)
+    loader = torch.utils.data.DataLoader(Numbers(), batch_size=2, collate_fn=lambda samples: {"x": x, **odd})
+    model, optimizer, loader = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), loader)
+    folder = accelerator.save_state()
+    for batch in loader:
+        accelerator.backward(model(batch["x"]).sum())
+        optimizer.step()
+        break
+    assert json.loads((folder / "certificate.json").read_text())["ranks"][0][0]["batch"]["samples"] == 2
