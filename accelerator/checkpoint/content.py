@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from strategies.accumulation import Accumulation
 from strategies.errors import StateError, listed
-from strategies.shards import cut_like, is_sharded
+from strategies.shards import cut_like, is_sharded, local
 
 from .encode import decode, encode, names_of_tensors
 
@@ -171,14 +171,16 @@ class Content:
     def _targets_of_optimizer(self, name: str, link: Any, state: Mapping[str, Any], index: Index) -> dict[str, Tensor]:
         names = self._parameter_names(link)
         targets: dict[str, Tensor] = {}
+        taken = {None, *(_memory(parameter) for parameter in link.parameters())} - {0}
         for parameter in link.parameters():
             path = f"optimizer/{name}/state/{names[id(parameter)]}"
             held = link.original.state.get(parameter, {})
             places = {f"{path}/{key}": value.detach() for key, value in held.items() if isinstance(value, Tensor)}
             for tensor in names_of_tensors(state.get(names[id(parameter)], {})):
                 place = places.get(tensor)
-                if place is None or (place.shape, place.dtype) != index[tensor]:
+                if place is None or (place.shape, place.dtype) != index[tensor] or _memory(place) in taken:
                     place = _like(parameter, *index[tensor])
+                taken |= {_memory(place)} - {0}
                 targets[tensor] = place
         return targets
 
@@ -242,6 +244,15 @@ def _like(parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         empty = torch.empty_like(parameter.detach(), dtype=dtype)
         return empty if is_sharded(empty) else cut_like(empty, parameter.detach())
     return torch.empty(shape, dtype=dtype)
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """What tells the memory of a tensor from that of others; `None` if its own elements share some, 0 if unknown."""
+    held = local(tensor)
+    if 0 in held.stride() and held.numel() > 1:
+        return None
+    is_plain = type(held) in (Tensor, nn.Parameter) and held.device.type != "xla"
+    return held.untyped_storage().data_ptr() if is_plain else 0
 
 
 def _numbered(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

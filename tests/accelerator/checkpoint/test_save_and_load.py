@@ -213,3 +213,38 @@ def test_a_checkpoint_says_what_wrote_it(ranks: RankPool, tmp_path: Path) -> Non
     assert (body["configuration"]["gradient_accumulation_steps"], body["configuration"]["seed"]) == (3, 4)
     assert "replicate=2" in body["configuration"]["strategy"]
     assert body["versions"]["torch"] == torch.__version__
+
+
+class Highest(torch.optim.SGD):
+    """Keeps the last gradient and the highest of all; both begin as one tensor."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr)
+        for parameter in self.param_groups[0]["params"]:
+            nothing = torch.zeros_like(parameter)
+            self.state[parameter] = {"last": nothing, "highest": nothing, "none": torch.zeros(()).expand_as(parameter)}
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["last"] = parameter.grad.clone()
+            state["highest"] = torch.maximum(state["highest"], parameter.grad)
+        return super().step(closure)
+
+
+def test_state_that_shares_memory_is_not_read_over_itself(tmp_path: Path) -> None:
+    def made() -> Any:
+        accelerator = Accelerator(CPU(), project_dir=tmp_path)
+        net = nn.Linear(2, 1)
+        return accelerator, *accelerator.prepare(net, Highest(net.parameters(), lr=0.1))
+
+    accelerator, model, optimizer = made()
+    for scale in (2.0, 1.0):
+        optimizer.zero_grad()
+        accelerator.backward(model(torch.ones(1, 2)).sum() * scale)
+        optimizer.step()
+    folder = accelerator.save_state()
+    accelerator, model, optimizer = made()
+    accelerator.load_state(folder)
+    for state in optimizer.state.values():
+        assert (state["last"].max(), state["highest"].max(), state["none"].max()) == (1.0, 2.0, 0.0)
