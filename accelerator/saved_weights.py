@@ -26,7 +26,8 @@ class SavedWeights(Mapping[str, Tensor]):
         models = offline.models(folder)
         if name not in models and len(models) == 1:
             name = next(iter(models))
-        if name not in models:
+        alike = [one for one in models if one.partition(" (")[0] == name]  # of one class, told apart by a number
+        if name not in models or len(alike) > 1:
             raise StateError(
                 f"{str(folder)!r} holds the models {listed(list(models))}, and it is not clear which is meant"
                 + (f" by a {name}" if name else "")

@@ -65,6 +65,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda d: save(d, nn.Linear(2, 2), nn.Linear(2, 2)),
         r"holds the models Linear, Linear \(2\), and it is not clear which is meant by a Net; .*accelerator export",
     ),
+    "two models of its class": (
+        lambda d: save(d, make_net(), make_net()),
+        r"holds the models Net, Net \(2\), and it is not clear which is meant by a Net; .*accelerator export",
+    ),
     "a bit flipped": (
         lambda d: flip(next(save(d, make_net()).rglob("*.distcp"))).parents[1],
         "distcp has other contents than were written",
