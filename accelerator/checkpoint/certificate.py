@@ -28,6 +28,7 @@ from . import folder as folders
 from .comparison import MicroBatch, Step, Verdict, compare
 from .fingerprint import Fingerprint, fingerprint
 from .peers import Peers
+from .saving import topology
 
 if TYPE_CHECKING:
     from strategies.prepared.optimizer import OptimizerLink
@@ -147,8 +148,8 @@ class Certificates(Observer):
         step, problem = self._peers.gather(_read_on_main(path, manifest, self._peers.world.is_main))[0]
         if step is not None:
             modes = {self._about["mixed_precision"], manifest.get("mixed_precision")}
-            world = manifest.get("world", {}).get("size")
-            same = world == self._peers.world.size and manifest.get("strategy") == self._about["strategy"]
+            laid_out_alike = manifest.get("world") == topology(self._peers.world)
+            same = laid_out_alike and manifest.get("strategy") == self._about["strategy"]
             tolerance = 1e-5 if modes == {"no"} else 1e-2
             self._expected = _Expected(name, step, same and len(modes) == 1, tolerance, on_drift)
         elif self._peers.world.is_main:

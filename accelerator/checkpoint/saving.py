@@ -59,7 +59,7 @@ def collect(accumulation: Accumulation, registered: Sequence[Any], about: dict[s
 
     of_ranks = peers.each(of_this_rank)
     state["windows"], state["random"] = [one for one, _ in of_ranks], [one for _, one in of_ranks]
-    about = {**about, "versions": _versions(), "world": _topology(world), "time": time.time()}
+    about = {**about, "versions": _versions(), "world": topology(world), "time": time.time()}
     return Draft(state, found, about)
 
 
@@ -143,7 +143,8 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _topology(world: World) -> dict[str, Any]:
+def topology(world: World) -> dict[str, Any]:
+    """How the ranks of a run are laid out, as a manifest has it."""
     mesh = world.mesh
     sizes = None if mesh is None else dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
     return {"size": world.size, "local_size": world.local_size, "device": world.device.type, "mesh": sizes}

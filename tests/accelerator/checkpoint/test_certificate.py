@@ -233,3 +233,9 @@ def test_batches_of_any_tensors_are_read_or_left_out(tmp_path: Path) -> None:
         optimizer.step()
         break
     assert json.loads((folder / "certificate.json").read_text())["ranks"][0][0]["batch"]["samples"] == 2
+
+
+def test_another_mesh_is_another_place(ranks: RankPool, tmp_path: Path) -> None:
+    ranks(call, FSDP(), str(tmp_path), {}, nproc=4)
+    (line,) = ranks(call, FSDP(replicate=2), str(tmp_path), {"on_drift": "error"}, nproc=4)[0]
+    assert line.startswith("INFO")
