@@ -201,6 +201,8 @@ class Certificates(Observer):
 
     def raised(self, error: BaseException) -> None:
         """What the step was to be known by is not all there."""
+        if self._expected is not None and self._peers.world.is_main:
+            _log.warning("the first step after %s is not compared: it raised %r", self._expected.name, error)
         self._awaited.clear()
         self._expected = None
         self._forget()

@@ -239,3 +239,15 @@ def test_another_mesh_is_another_place(ranks: RankPool, tmp_path: Path) -> None:
     ranks(call, FSDP(), str(tmp_path), {}, nproc=4)
     (line,) = ranks(call, FSDP(replicate=2), str(tmp_path), {"on_drift": "error"}, nproc=4)[0]
     assert line.startswith("INFO")
+
+
+def test_a_first_step_that_raises_is_said_to_be_not_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(CPU(), str(tmp_path))
+    accelerator = Accelerator(CPU(), project_dir=tmp_path, seed=0, split_batches=True)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.0), nn.Tanh(), nn.Linear(8, 1))
+    loaders = [torch.utils.data.DataLoader(Numbers(shift), batch_size=4, shuffle=shift == 0) for shift in (0, 0.5)]
+    model, *_ = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=0.01), *loaders)
+    accelerator.resume(on_drift="error")
+    with contextlib.suppress(KeyError), accelerator.accumulate(model):
+        raise KeyError("lost")
+    assert "the first step after step-000000002 is not compared: it raised KeyError('lost')" in caplog.text
