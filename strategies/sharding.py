@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch.utils.data import Sampler
 
 _ROUNDS = 6
+_GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1  # the step of SplitMix64, and its word
 _SORTED_SAMPLES = 1 << 17  # epochs up to this length are sorted by random keys
 _FIRST_BLOCK, _LAST_BLOCK = 1 << 9, 1 << 13  # indices computed at once: few to start with, then enough for NumPy
 
@@ -32,21 +33,23 @@ def permute(positions: npt.NDArray[np.int64], length: int, seed: int, epoch: int
 
     `positions`: any shape, values in [0, length). Returns indices of the same shape.
     """
-    words = np.random.SeedSequence((seed & (2**64 - 1), epoch)).generate_state(_ROUNDS, np.uint64)
-    keys = words.astype(np.uint64)
+    keys = _keys(seed, epoch)
     if length <= _SORTED_SAMPLES:
-        drawn = np.arange(length, dtype=np.uint64)
-        for key in keys[:2]:
-            drawn = _mix(drawn + key)
-        order: npt.NDArray[np.int64] = np.argsort(drawn)[positions]  # the keys are all different: any way of sorting
+        order: npt.NDArray[np.int64] = _sorted(length, keys[0])[positions]
         return order
-    result = _feistel(positions.astype(np.uint64), (length - 1).bit_length(), keys)
+    words = np.array(keys, dtype=np.uint64)
+    result = _feistel(positions.astype(np.uint64), (length - 1).bit_length(), words)
     outside = np.flatnonzero(result >= length)
     flat = result.reshape(-1)
     while outside.size:
-        flat[outside] = _feistel(flat[outside], (length - 1).bit_length(), keys)
+        flat[outside] = _feistel(flat[outside], (length - 1).bit_length(), words)
         outside = outside[flat[outside] >= length]
     return result.astype(np.int64)
+
+
+def _sorted(length: int, key: int) -> npt.NDArray[np.int64]:
+    """All of range(length), sorted by outputs of SplitMix64, which are all different: any way of sorting does."""
+    return np.argsort(_mix(np.arange(length, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)))
 
 
 def _feistel(values: Words, bits: int, keys: Words) -> Words:
@@ -73,6 +76,21 @@ def _hash(values: Words, key: np.uint64, shift: np.uint64, result: Words, spare:
     np.multiply(result, np.uint64(0xBF58476D1CE4E5B9), out=result)
     hashed: Words = np.right_shift(result, shift, out=result)
     return hashed
+
+
+def _keys(seed: int, epoch: int) -> list[int]:
+    """Words of 64 bits that are functions of both: outputs of SplitMix64, in Python, since a pass needs only a few."""
+    state, keys = _mixed(_mixed(seed & _MASK) + epoch & _MASK), []
+    for _ in range(_ROUNDS):
+        state = state + _GOLDEN & _MASK
+        keys.append(_mixed(state))
+    return keys
+
+
+def _mixed(value: int) -> int:
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
 
 
 def _mix(values: Words) -> Words:
@@ -247,8 +265,7 @@ class ComputedOrder(Order):
 
     def _all(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._sorted is None or self._sorted[:2] != (self.seed, epoch):
-            whole = permute(np.arange(self.length), self.length, self.seed, epoch)
-            self._sorted = self.seed, epoch, whole
+            self._sorted = self.seed, epoch, _sorted(self.length, _keys(self.seed, epoch)[0])
         return self._sorted[2]
 
     def state(self, epoch: int) -> dict[str, Any]:

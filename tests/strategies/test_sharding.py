@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,9 +45,21 @@ def hashed(value: int, key: int, bits: int) -> int:
     return value >> (64 - bits)
 
 
+def splitmix(state: int, number: int) -> Any:
+    """`number` outputs of SplitMix64 from `state` on; with 0, the state itself, mixed."""
+
+    def mixed(value: int) -> int:
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+        return value ^ value >> 31
+
+    start = mixed(state % 2**64)
+    return [mixed((start + k * 0x9E3779B97F4A7C15) % 2**64) for k in range(1, number + 1)] if number else start
+
+
 def position_of(index: int, length: int, seed: int, epoch: int) -> int:
     """Where a shuffled epoch has `index`: the network of `permute` run backwards, in Python's integers."""
-    keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64).tolist()
+    keys = splitmix(splitmix(seed, 0) + epoch, 6)
     bits = (length - 1).bit_length()
     found, few = length, bits // 2
     while found >= length:
