@@ -41,8 +41,11 @@ def ways_of(
     main = main_device(places)
     ways: dict[int, str] = {}
     problems = []
-    for name, weight in _linear_weights(model).items():
-        way = _nearest_above(name, asked)
+    for names, weight in _linear_weights(model):
+        name, way = names[0], _nearest_above(names[0], asked)
+        if any(_nearest_above(other, asked) != way for other in names):
+            problems.append(f"{' and '.join(names)} are one weight, and are to be quantized in different ways")
+            continue
         if way is None:
             continue
         ways[id(weight)] = way
@@ -88,19 +91,19 @@ def _checked(model: nn.Module, quantize: Quantize) -> Mapping[str, str | None]:
     return asked
 
 
-def _linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that only linear layers use, by the first of their names."""
+def _linear_weights(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """The weights that only linear layers use, with all their names."""
     used_by: dict[int, list[tuple[str, nn.Module, nn.Parameter]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 full = f"{prefix}.{name}" if prefix else name
                 used_by.setdefault(id(parameter), []).append((full, module, parameter))
-    return {
-        users[0][0]: users[0][2]
+    return [
+        ([name for name, _, _ in users], users[0][2])
         for users in used_by.values()
         if all(_is_linear(module) and module.weight is parameter for _, module, parameter in users)
-    }
+    ]
 
 
 def _is_linear(module: nn.Module) -> bool:

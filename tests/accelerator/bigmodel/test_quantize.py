@@ -246,3 +246,18 @@ def test_peak_memory_is_what_is_quantized_and_a_layer(fresh: FreshProcesses, tmp
     int8, int4 = map(float, finished.stdout.split())
     assert int8 < 32 + 2 * 16  # MiB, of 128 in float32: what is quantized, one layer that is mapped, and its pieces
     assert int4 < 18 + 2 * 16
+
+
+def test_one_weight_is_not_quantized_in_two_ways() -> None:
+    def make() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        model[1].weight = model[0].weight
+        return model
+
+    source = make().state_dict()
+    with init_empty_weights():
+        model = make()
+    with pytest.raises(ConfigurationError, match=r"0.weight and 1.weight are one weight, and are to be quantized in"):
+        load_checkpoint_in_model(model, source, quantize={"": "int8", "1": None})
+    load_checkpoint_in_model(model, source, quantize="int8")
+    assert model[1].weight is model[0].weight
