@@ -17,7 +17,7 @@ from accelerator.fit import differing_ties, misfit
 from accelerator.saved_weights import SavedWeights
 from strategies.deferred_init import EMPTY
 from strategies.errors import StateError, listed
-from strategies.shards import copy_whole
+from strategies.shards import copy_whole, is_quantized
 
 from . import pages
 from .build import fill_buffers
@@ -102,6 +102,7 @@ def load_checkpoint_in_model(
     where = str(checkpoint) if in_files else "the tensors given"
     found = _tensors(checkpoint, model)
     outlines = found.outlines if isinstance(found, SavedWeights) else found
+    _refuse_quantized(model, slots, outlines, where)
     result = _check(model, slots, found, outlines, where, dtype, strict=strict)
     is_mapped = in_files and outlines is found
     if is_mapped:
@@ -213,6 +214,19 @@ def _check(
             + (" strict=False leaves out what is missing or unexpected." if strict and not wrong else "")
         )
     return IncompatibleKeys(missing, unexpected)
+
+
+def _refuse_quantized(model: nn.Module, slots: list[_Slot], outlines: Mapping[str, Tensor], where: str) -> None:
+    """Raise `StateError` for quantized weights, of the model or of the checkpoint: loading is from full ones into none."""
+    there = [name for name, tensor in outlines.items() if is_quantized(tensor)]
+    if there:
+        raise StateError(f"{where!r} holds quantized weights ({listed(there)}); load full ones, with quantize=")
+    here = [slot.names[0] for slot in slots if is_quantized(slot.tensor)]
+    if here:
+        raise StateError(
+            f"{listed(here)} of {type(model).__name__} are quantized already, and nothing can be loaded into them. "
+            "Build the model anew inside `with init_empty_weights():`."
+        )
 
 
 def _is_derived(model: nn.Module, name: str) -> bool:

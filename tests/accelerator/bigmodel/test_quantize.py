@@ -261,3 +261,12 @@ def test_one_weight_is_not_quantized_in_two_ways() -> None:
         load_checkpoint_in_model(model, source, quantize={"": "int8", "1": None})
     load_checkpoint_in_model(model, source, quantize="int8")
     assert model[1].weight is model[0].weight
+
+
+def test_quantized_weights_are_no_source_and_no_target(checkpoint: Path) -> None:
+    model = empty()
+    load_checkpoint_in_model(model, checkpoint, quantize="int8")
+    with pytest.raises(StateError, match="blocks.0.up.weight, .* of Language are quantized already"):
+        load_checkpoint_in_model(model, checkpoint)
+    with pytest.raises(StateError, match="'the tensors given' holds quantized weights .*; load full ones"):
+        load_checkpoint_in_model(language(), model.state_dict())
