@@ -104,7 +104,8 @@ def compare(then: Step, now: Step, *, same_place: bool, tolerance: float) -> Ver
         if len({batch.shape for of_step in batches for batch in of_step if batch.samples}) > 1:
             return Verdict("not comparable", "not comparable: batches are padded, each to a length of its own")
         return Verdict("data", _wrong_data(*(of_step[0] for of_step in batches)))
-    drift = max(_apart(then.mean_loss, now.mean_loss), _norms_apart(then, now))
+    scale = max(abs(one.loss) for step in (then, now) for one in step.all) if then.all and now.all else 0.0
+    drift = max(_apart(then.mean_loss, now.mean_loss, scale), _norms_apart(then, now))
     return _of_drift(drift, tolerance, _compared(then, now, data=known))
 
 
@@ -158,9 +159,9 @@ def _norms_apart(then: Step, now: Step) -> float:
     return _apart(then.gradient_norm, now.gradient_norm)
 
 
-def _apart(one: float, two: float) -> float:
-    """The difference relative to the larger; 0 if both are no number."""
+def _apart(one: float, two: float, scale: float = 0.0) -> float:
+    """The difference relative to the larger, or to `scale`, of which both are sums; 0 if both are no number."""
     if one == two or (math.isnan(one) and math.isnan(two)):
         return 0.0
-    difference = abs(one - two) / max(abs(one), abs(two))
+    difference = abs(one - two) / max(abs(one), abs(two), scale)
     return difference if math.isfinite(difference) else math.inf

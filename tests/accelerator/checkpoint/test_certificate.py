@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from accelerator import Accelerator
+from accelerator.checkpoint.comparison import MicroBatch, Step, compare
 from rank_pool import RankPool
 from strategies import CPU, DDP, FSDP, ConfigurationError, StateError
 
@@ -251,3 +252,11 @@ def test_a_first_step_that_raises_is_said_to_be_not_compared(tmp_path: Path, cap
     with contextlib.suppress(KeyError), accelerator.accumulate(model):
         raise KeyError("lost")
     assert "the first step after step-000000002 is not compared: it raised KeyError('lost')" in caplog.text
+
+
+def test_losses_that_cancel_are_compared_by_their_own_size() -> None:
+    one, two = (
+        Step([[MicroBatch(None, 1.0, 1.0), MicroBatch(None, -1.0 - rounding, 1.0)]], None, False)
+        for rounding in (1.0e-7, 1.2e-7)
+    )
+    assert compare(one, two, same_place=False, tolerance=1e-5).kind == "rounding"
