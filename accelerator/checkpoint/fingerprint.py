@@ -57,6 +57,10 @@ def fingerprint(batch: Any, cursor: Cursor) -> Fingerprint | None:
         if isinstance(leaf, _PLAIN):
             something = True
             whole.update(repr(leaf).encode())
+        elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
+            something = True
+            whole.update(f"{leaf.dtype.str} {leaf.shape}".encode())
+            whole.update(np.ascontiguousarray(leaf).tobytes())
     if not something:
         return None
     total = sum(xxhash.xxh3_64_intdigest(sample) for sample in of_samples) % 2**64

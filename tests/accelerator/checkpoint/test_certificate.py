@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -260,3 +261,20 @@ def test_losses_that_cancel_are_compared_by_their_own_size() -> None:
         for rounding in (1.0e-7, 1.2e-7)
     )
     assert compare(one, two, same_place=False, tolerance=1e-5).kind == "rounding"
+
+
+def test_arrays_are_read_too(tmp_path: Path) -> None:
+    digests = []
+    for number in range(2):
+        accelerator = Accelerator(CPU(), project_dir=tmp_path / str(number))
+        net = nn.Linear(2, 1)
+        batch = {"x": torch.ones(2, 2), "array": np.full(2, number)}
+        loader = torch.utils.data.DataLoader(Numbers(), batch_size=2, collate_fn=lambda samples, batch=batch: batch)
+        model, optimizer, loader = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), loader)
+        folder = accelerator.save_state()
+        for given in loader:
+            accelerator.backward(model(given["x"]).sum())
+            optimizer.step()
+            break
+        digests.append(json.loads((folder / "certificate.json").read_text())["ranks"][0][0]["batch"]["digest"])
+    assert digests[0] != digests[1]
