@@ -217,7 +217,7 @@ def _check(
 
 
 def _refuse_quantized(model: nn.Module, slots: list[_Slot], outlines: Mapping[str, Tensor], where: str) -> None:
-    """Raise `StateError` for quantized weights, of the model or of the checkpoint: loading is from full ones into none."""
+    """Raise `StateError` for quantized weights, of the model or of the checkpoint: full ones are loaded, into none."""
     there = [name for name, tensor in outlines.items() if is_quantized(tensor)]
     if there:
         raise StateError(f"{where!r} holds quantized weights ({listed(there)}); load full ones, with quantize=")

@@ -104,7 +104,7 @@ def compare(then: Step, now: Step, *, same_place: bool, tolerance: float) -> Ver
         if len({batch.shape for of_step in batches for batch in of_step if batch.samples}) > 1:
             return Verdict("not comparable", "not comparable: batches are padded, each to a length of its own")
         return Verdict("data", _wrong_data(*(of_step[0] for of_step in batches)))
-    scale = max(abs(one.loss) for step in (then, now) for one in step.all) if then.all and now.all else 0.0
+    scale = max((abs(one.loss) for step in (then, now) for one in step.all if one.weight), default=0.0)
     drift = max(_apart(then.mean_loss, now.mean_loss, scale), _norms_apart(then, now))
     return _of_drift(drift, tolerance, _compared(then, now, data=known))
 

@@ -266,7 +266,7 @@ def test_one_weight_is_not_quantized_in_two_ways() -> None:
 def test_quantized_weights_are_no_source_and_no_target(checkpoint: Path) -> None:
     model = empty()
     load_checkpoint_in_model(model, checkpoint, quantize="int8")
-    with pytest.raises(StateError, match="blocks.0.up.weight, .* of Language are quantized already"):
+    with pytest.raises(StateError, match=r"blocks.0.up.weight, .* of Language are quantized already"):
         load_checkpoint_in_model(model, checkpoint)
-    with pytest.raises(StateError, match="'the tensors given' holds quantized weights .*; load full ones"):
+    with pytest.raises(StateError, match=r"'the tensors given' holds quantized weights .*; load full ones"):
         load_checkpoint_in_model(language(), model.state_dict())
