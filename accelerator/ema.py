@@ -37,6 +37,7 @@ class EMA(Observer):
     def __init__(self, accelerator: Accelerator, model: nn.Module, *, decay: float = 0.999) -> None:
         if not 0 <= decay <= 1:
             raise ConfigurationError(f"decay is {decay}; expected a number from 0 to 1, such as 0.999")
+        accelerator._accumulation.refuse_apart("EMA")
         self._link = accelerator._accumulation.link(model)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._parameters:

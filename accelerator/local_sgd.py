@@ -72,6 +72,7 @@ class LocalSGD(Observer):
     def __enter__(self) -> LocalSGD:
         if self._enabled:
             context = self._refuse_or_get()
+            self._taken.clear()
             if self._accumulation.world.size > 1:
                 self._accumulation.observers.append(self)
                 if self._warmup == 0:
@@ -86,16 +87,17 @@ class LocalSGD(Observer):
         if error is not None and self._alone is not None:  # other ranks may be anywhere
             self._left_by = type(error).__name__
             return
-        if error is None:
-            self._refuse_open("left")
-        self._accumulation.observers.remove(self)
-        if self._alone is None:
-            return
-        self._alone.__exit__(None, None, None)
-        self._accumulation.train_alone(False)
-        for optimizer in self._link.optimizers:
-            self._average(optimizer)
-            self._average_state(optimizer)
+        try:
+            if error is None:
+                self._refuse_open("left")
+            if self._alone is not None:
+                self._come_together(self._alone)
+        except Exception as failure:
+            self._left_by = type(failure).__name__ if self._alone is not None else None
+            raise
+        finally:
+            if self._alone is None:
+                self._accumulation.observers.remove(self)
 
     # -- what the loop tells -------------------------------------------------------------------------------
 
@@ -109,6 +111,14 @@ class LocalSGD(Observer):
             raise StepError(
                 f"LocalSGD was left by {self._left_by}, when ranks had weights of their own and could not average "
                 "them. Build another Accelerator, and load a checkpoint."
+            )
+
+    def update_begun(self, optimizer: OptimizerLink) -> None:
+        """Refuse to train what would never be averaged."""
+        if self._alone is not None and self._link not in optimizer.models:
+            raise StepError(
+                f"{type(optimizer.original).__name__} of another model than {self._link.name} steps inside LocalSGD, "
+                "where samples are weighed by rank and nothing would average it. Train that model outside of the block."
             )
 
     def update_ended(self, optimizer: OptimizerLink, taken: bool) -> None:
@@ -166,13 +176,28 @@ class LocalSGD(Observer):
         context.__enter__()
         self._alone = context
 
+    def _come_together(self, context: AbstractContextManager[Any]) -> None:
+        """Average weights and moments, so that steps of all ranks go on from the same. Collective."""
+        for optimizer in self._link.optimizers:
+            self._average(optimizer)
+            self._average_state(optimizer)
+        context.__exit__(None, None, None)
+        self._alone = None
+        self._accumulation.train_alone(False)
+
     def _end_warmup(self) -> None:
         over = self._alone is None and self._warmup <= max(self._taken.values(), default=0)
         if over and self._accumulation.current is None and not self._accumulation.open_windows():
-            self._go_alone(self._accumulation.strategy.train_alone(self._link.wrapped))
+            self._go_alone(self._refuse_or_get())
 
     def _average(self, optimizer: OptimizerLink) -> None:
         """Give every rank the mean of all ranks' weights, and rank 0's buffers if buffers are to agree. Collective."""
+        taken = collectives.meet("the mean of LocalSGD", self._accumulation.world, self._taken[optimizer])
+        if len(set(taken)) > 1:
+            raise StepError(
+                f"LocalSGD cannot average weights after other numbers of steps on other ranks (by rank: {taken}). Does "
+                "one of them leave a batch out? It can give backward() a loss with weight=0 instead."
+            )
         self._mean([parameter for parameter in optimizer.parameters() if parameter.requires_grad])
         if self._accumulation.strategy.buffers_agree:
             broadcast_buffers(self._link.original)
@@ -183,8 +208,8 @@ class LocalSGD(Observer):
         state = [
             value
             for parameter in optimizer.parameters()
-            for _, value in sorted(held.get(parameter, {}).items())
-            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim
+            for name, value in sorted(held.get(parameter, {}).items())
+            if isinstance(value, Tensor) and value.is_floating_point() and name != "step"
         ]
         shapes = zlib.crc32(repr([tuple(value.shape) for value in state]).encode())
         if len(set(collectives.meet("the end of LocalSGD", self._accumulation.world, shapes))) > 1:

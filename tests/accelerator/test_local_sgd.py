@@ -141,16 +141,17 @@ def test_the_cases_hold_ranks_that_part(ranks: RankPool) -> None:
 
 
 class Net(nn.Module):
-    """Keeps its storage in view, and a buffer that each rank fills differently."""
+    """Keeps its storage in view, a buffer that each rank fills differently, and a parameter without dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(2, 1)
+        self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen += x.sum().detach()
-        return self.inner(x)
+        return self.inner(x) * self.scale
 
 
 def corners(folder: str) -> None:
@@ -231,6 +232,71 @@ def leave_open(how: str) -> None:
 @pytest.mark.parametrize("how", ["enter", "leave", "exception"])
 def test_windows_and_exceptions_at_the_edges(how: str, ranks: RankPool) -> None:
     ranks(leave_open, how)
+
+
+def enter_again() -> None:
+    """Each block begins with its own steps together, and apart after them."""
+    accelerator = Accelerator(DDP())
+    net = nn.Linear(2, 1)
+    model, optimizer = accelerator.prepare(net, sgd(net))
+    block = LocalSGD(accelerator, model, 100, warmup_steps=1)
+    for _ in range(2):
+        with block:
+            for agree in (True, False):
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(torch.full((1, 2), 1.0 + accelerator.process_index)).square().mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+                seen = accelerator.gather(net.bias.detach())
+                assert torch.equal(*seen.chunk(2)) == agree
+        accelerator.verify_replicas()
+    accelerator.end_training()
+
+
+def test_a_block_may_be_entered_again(ranks: RankPool) -> None:
+    ranks(enter_again)
+
+
+def go_astray(how: str) -> None:
+    accelerator = Accelerator(DDP())
+    net, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    model, optimizer = accelerator.prepare(net, sgd(net))
+    warmup = 1 if how == "EMA in the warm-up" else 0
+    try:
+        with LocalSGD(accelerator, model, 3, warmup_steps=warmup):
+            if how == "another model":
+                model, optimizer = accelerator.prepare(other, sgd(other))
+            if how.startswith("EMA"):
+                EMA(accelerator, model)
+            for number in range(3):
+                with accelerator.accumulate(model):
+                    if how == "a batch left out" and number == accelerator.process_index:
+                        continue
+                    accelerator.backward(model(torch.ones(1, 2)).square().mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+            if how == "a batch left out" and accelerator.process_index == 1:
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(torch.ones(1, 2)).square().mean())
+                    optimizer.step()
+    finally:
+        accelerator.end_training()
+
+
+@pytest.mark.parametrize(
+    ("how", "wrong", "message"),
+    [
+        ("another model", StepError, "SGD of another model than Linear steps inside LocalSGD"),
+        ("EMA", StateError, r"EMA\(\) was called inside LocalSGD"),
+        ("EMA in the warm-up", ConfigurationError, "LocalSGD and EMA were asked for together"),
+        ("a batch left out", StepError, r"other numbers of steps on other ranks \(by rank: \[2, 3\]\)"),
+    ],
+)
+def test_what_would_leave_ranks_apart_is_refused(
+    how: str, wrong: type[Exception], message: str, ranks: RankPool
+) -> None:
+    with pytest.raises(wrong, match=message):
+        ranks(go_astray, how)
 
 
 def refused(strategy: Any, what: str) -> None:
