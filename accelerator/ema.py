@@ -55,15 +55,15 @@ class EMA(Observer):
         """A block in which the model has the averaged weights: to evaluate it, to `save_model` it.
 
         At its end, also by an exception, the model has its own again, to the bit; meanwhile they take memory, on each
-        rank that of its part. Every rank enters it. Inside, `backward` raises `StepError` and `save_state` and
-        `load_state` raise `StateError`.
+        rank that of its part. Weights that no step has changed yet are the model's own. Every rank enters it. Inside,
+        `backward` and `step` raise `StepError`, `save_state` and `load_state` raise `StateError`.
         """
         if self._is_applied:
             raise StepError("EMA.applied() was entered inside another; the averaged weights are in the model already")
         own = {name: local(parameter.detach()).clone() for name, parameter in self._parameters.items()}
         self._is_applied = True
         try:
-            self._put(self._averages)
+            self._put({name: value for name, value in self._averages.items() if name not in self._fresh})
             yield
         finally:
             self._put(own)
@@ -104,6 +104,22 @@ class EMA(Observer):
                 "those that are trained. Evaluate there, and train after the block."
             )
 
+    def update_begun(self, optimizer: OptimizerLink) -> None:
+        """Refuse a step that would be lost, or whose parameters would be left out."""
+        if self._link not in optimizer.models:
+            return
+        if self._is_applied:
+            raise StepError(
+                f"an optimizer stepped inside EMA.applied(), where {self._link.name} has the averaged weights in place "
+                "of those that are trained. Evaluate there, and step after the block."
+            )
+        strange = [p for p in optimizer.parameters() if id(p) not in self._names and p.grad is not None]
+        if any(self._link.find(parameter) is not None for parameter in strange):
+            raise StepError(
+                f"a parameter of {self._link.name} was frozen when its EMA was made, and is trained now: its average "
+                "would be left out. Unfreeze parameters before."
+            )
+
     def update_ended(self, optimizer: OptimizerLink, taken: bool) -> None:
         """Average what the optimizer has changed."""
         if not taken or self._link not in optimizer.models:
@@ -125,8 +141,8 @@ class EMA(Observer):
     def _put(self, values: Mapping[str, Tensor]) -> None:
         self._link.release_gathered()
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                local(parameter.detach()).copy_(local(values[name]))
+            for name, value in values.items():
+                local(self._parameters[name].detach()).copy_(local(value))
 
 
 def _copy(parameter: nn.Parameter) -> Tensor:

@@ -368,3 +368,31 @@ def test_averages_of_other_parameters_are_refused() -> None:
     one, other = accelerator.prepare(nn.Linear(1, 1), nn.Linear(1, 1, bias=False))
     with pytest.raises(StateError, match="other parameters than those that Linear trains: bias"):
         EMA(accelerator, other).load_state_dict(EMA(accelerator, one).state_dict())
+
+
+def test_before_the_first_step_and_no_step_with_the_averages_in_the_model() -> None:
+    accelerator = Accelerator("cpu")
+    net = nn.Linear(2, 1)
+    model, optimizer = accelerator.prepare(net, adamw(net))
+    ema = EMA(accelerator, model)
+    model.load_state_dict({name: value + 1 for name, value in net.state_dict().items()})
+    loaded = flat(model)
+    accelerator.backward(model(torch.ones(1, 2)).square().mean())
+    with ema.applied():
+        assert torch.equal(flat(model), loaded)
+        with pytest.raises(StepError, match=r"stepped inside EMA.applied\(\)"):
+            optimizer.step()
+    optimizer.step()
+    assert not torch.equal(flat(model), loaded)
+
+
+def test_a_parameter_that_is_unfrozen_later_is_refused() -> None:
+    accelerator = Accelerator("cpu")
+    net = nn.Linear(2, 1)
+    net.bias.requires_grad_(False)
+    model, optimizer = accelerator.prepare(net, adamw(net))
+    EMA(accelerator, model)
+    net.bias.requires_grad_(True)
+    accelerator.backward(model(torch.ones(1, 2)).square().mean())
+    with pytest.raises(StepError, match="frozen when its EMA was made, and is trained now"):
+        optimizer.step()
