@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ class PadBatches:
     normalisation, and losses that compare samples, see ghosts as well: leave the last batch short there, or drop it.
     `length` is that of a full batch on one rank, the loader's `batch_size`; `collate` makes a batch of samples.
 
-    Raises `ConfigurationError` for a length below 1, `DataError` for a longer batch.
+    Raises `ConfigurationError` for a length below 1, `DataError` for a longer batch and for what is no list of samples.
     """
 
     length: int
@@ -38,8 +39,18 @@ class PadBatches:
         if self.length < 1:
             raise ConfigurationError(f"length is {self.length}; expected at least 1: the loader's batch_size")
 
+    @property
+    def pads_to(self) -> int:
+        """The length of every batch, by which `gather_for_metrics` knows what belongs to it in nested loops."""
+        return self.length
+
     def __call__(self, samples: list[Any]) -> tuple[Any, Tensor]:
         """The batch of `samples` and ghosts, and the weights of its rows."""
+        if not isinstance(samples, list):
+            raise DataError(
+                f"PadBatches got {type(samples).__name__} instead of a list of samples. Give the loader a batch_size; "
+                "without one it hands over single items."
+            )
         missing = self.length - len(samples)
         if missing < 0:
             raise DataError(
@@ -48,4 +59,5 @@ class PadBatches:
             )
         weights = torch.ones(self.length)
         weights[len(samples) :] = 0.0
-        return self.collate([*samples, *samples[:1] * missing]), weights
+        ghosts = [copy.copy(samples[0]) for _ in range(missing)]  # a collate function may take samples apart
+        return self.collate([*samples, *ghosts]), weights

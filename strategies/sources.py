@@ -93,7 +93,13 @@ class Cursor:
         return self.cut.local_samples(self.index, self.rank)
 
     def size_on(self, rank: int) -> int:
-        """How many samples the batch in hand really has on `rank`: one where it is a ghost. -1 if nobody knows."""
+        """How many samples the batch in hand really has on `rank`: one where it is a ghost. -1 if nobody knows.
+
+        A `collate_fn` that makes all batches of one length tells it as `pads_to`.
+        """
+        padded: int | None = getattr(getattr(self.loader, "collate_fn", None), "pads_to", None)
+        if padded is not None:
+            return padded
         if self.is_planned and self.cut is not None:
             return max(1, self.cut.local_samples(self.index, rank))
         if self.sizes is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from accelerator import Accelerator, PadBatches
 from loops import assert_close, sgd, train_plain
@@ -71,8 +71,37 @@ def test_the_user_s_own_collate_sees_the_ghosts_too() -> None:
     assert torch.equal(weights, torch.tensor([1.0, 1.0, 0.0]))
 
 
+def evaluate_inside_a_loop() -> list[float]:
+    """An evaluation whose last batch leaves one rank nothing, inside a loop over batches of the same length."""
+    accelerator = Accelerator("ddp")
+    train, tested = (
+        DataLoader(TensorDataset(torch.arange(float(length))), 2, collate_fn=PadBatches(2)) for length in (8, 5)
+    )
+    train, tested = accelerator.prepare(train, tested)
+    seen: list[float] = []
+    for _ in train:
+        with torch.no_grad():
+            for batch in tested:
+                (x,), weights = accelerator.gather_for_metrics(batch)
+                seen += x[weights > 0].tolist()
+        break
+    accelerator.end_training()
+    return seen
+
+
+def test_an_evaluation_inside_a_loop_counts_no_ghosts(ranks: RankPool) -> None:
+    assert ranks(evaluate_inside_a_loop, nproc=2) == [[0.0, 1.0, 2.0, 3.0, 4.0]] * 2
+
+
+def test_a_collate_function_may_take_samples_apart() -> None:
+    labels, _ = PadBatches(3, lambda samples: [sample.pop("label") for sample in samples])([{"label": 1}, {"label": 2}])
+    assert labels == [1, 2, 1]
+
+
 def test_what_cannot_be_padded_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="length is 0; expected at least 1: the loader's batch_size"):
         PadBatches(0)
     with pytest.raises(DataError, match=r"PadBatches\(length=2\) got a batch of 3 samples. Give it the loader's"):
         PadBatches(2)([1, 2, 3])
+    with pytest.raises(DataError, match=r"got Tensor instead of a list of samples\. Give the loader a batch_size"):
+        next(iter(DataLoader(torch.zeros(3, 2), batch_size=None, collate_fn=PadBatches(4))))  # type: ignore[arg-type]
