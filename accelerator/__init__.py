@@ -56,3 +56,7 @@ def __getattr__(name: str) -> _Any:
     if name in _WHERE:
         return getattr(_import_module(f"{__name__}.{_WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -58,3 +58,7 @@ def __getattr__(name: str) -> _Any:
     if name in ("FSDP", "XLA"):  # what most runs do not use is imported when it is asked for
         return _registry.resolve(name.lower())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

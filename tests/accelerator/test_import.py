@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import accelerator
+import strategies
 from fresh_process import FreshProcesses
 
 LOADED = """
@@ -47,3 +50,8 @@ def test_a_foreign_package_in_front_of_ours_is_named(fresh: FreshProcesses, tmp_
     assert error.startswith("ImportError: `import strategies` found another package at ")
     assert str(foreign) in error
     assert "Rename or uninstall that one" in error
+
+
+@pytest.mark.parametrize("package", [accelerator, strategies])
+def test_what_is_imported_late_is_listed(package: ModuleType) -> None:
+    assert set(package.__all__) <= set(dir(package))
