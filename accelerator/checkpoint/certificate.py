@@ -136,7 +136,8 @@ class Certificates(Observer):
         self._watch()
         inside = bool(self._accumulation.open_windows())
         awaited = Awaited(target, len(self._noted), inside_window=inside)
-        self._awaited = [*(one for one in self._awaited if one.target != target), awaited]
+        if self._accumulation.optimizers:  # else no step will follow
+            self._awaited = [*(one for one in self._awaited if one.target != target), awaited]
         return awaited
 
     def loaded(self, path: Path, manifest: Mapping[str, Any], on_drift: OnDrift, name: str) -> None:
@@ -146,13 +147,13 @@ class Certificates(Observer):
         self._expected = None
         self._forget()
         step, problem = self._peers.gather(_read_on_main(path, manifest, self._peers.world.is_main))[0]
-        if step is not None:
+        if step is not None and self._accumulation.optimizers:
             modes = {self._about["mixed_precision"], manifest.get("mixed_precision")}
             laid_out_alike = manifest.get("world") == topology(self._peers.world)
             same = laid_out_alike and manifest.get("strategy") == self._about["strategy"]
             tolerance = 1e-5 if modes == {"no"} else 1e-2
             self._expected = _Expected(name, step, same and len(modes) == 1, tolerance, on_drift)
-        elif self._peers.world.is_main:
+        elif step is None and self._peers.world.is_main:
             log = _log.warning if problem or on_drift == "error" else _log.info
             text = problem or f"{name} has no certificate, since no whole step followed it"
             log("the first step is not compared: %s", text)

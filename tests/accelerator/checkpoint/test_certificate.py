@@ -278,3 +278,14 @@ def test_arrays_are_read_too(tmp_path: Path) -> None:
             break
         digests.append(json.loads((folder / "certificate.json").read_text())["ranks"][0][0]["batch"]["digest"])
     assert digests[0] != digests[1]
+
+
+def test_without_an_optimizer_no_step_is_waited_for(tmp_path: Path) -> None:
+    accelerator = Accelerator("cpu", project_dir=tmp_path)
+    model = accelerator.prepare(nn.Linear(2, 1))
+    accelerator.save_state()
+    for _ in range(3):
+        accelerator.backward(model(torch.ones(1, 2)).sum())
+    certificates = accelerator._checkpoints._certificates
+    assert not certificates._noted
+    accelerator.end_training()
