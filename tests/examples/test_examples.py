@@ -224,9 +224,8 @@ def test_load_four_ways() -> None:
     assert len(peaks) == 6
     by_hand = [peak for way, peak in peaks.items() if not way.startswith("accelerator")]
     assert peaks["accelerator.bigmodel"] <= min(by_hand) + 3
-    assert (
-        peaks["accelerator.bigmodel, cast to bfloat16"] < 32 + 4 + 12
-    )  # numbers, the largest tensor, and what the process needs
+    # its numbers, the largest tensor, and what the process needs besides
+    assert peaks["accelerator.bigmodel, cast to bfloat16"] < 32 + 4 + 12
 
 
 def test_distributed_inference(run: Player) -> None:
