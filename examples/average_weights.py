@@ -8,10 +8,10 @@ usual one: `EMA` hears of every optimizer step by itself. The same numbers in on
 
 Expected output:
 
-    step  32  error of the weights 0.7203  of their average 2.6019
-    step  64  error of the weights 0.9030  of their average 0.3136
-    step  96  error of the weights 0.5458  of their average 0.3485
-    step 128  error of the weights 0.3289  of their average 0.0804
+    step  32  error of the weights 0.2688  of their average 1.8942
+    step  64  error of the weights 0.7052  of their average 0.2402
+    step  96  error of the weights 0.4072  of their average 0.1003
+    step 128  error of the weights 0.6495  of their average 0.1247
     written: bias (1,), weight (1, 16)
 """
 

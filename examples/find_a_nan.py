@@ -6,7 +6,7 @@
 Expected output, the batch depending on the number of processes:
 
     found: a value that is not finite first appeared on rank 0 in forward: the output of 0 (Normalise) of Sequential,
-    whose inputs are finite. Micro-batch 0 of its window. Data: batch 6 of epoch 0, samples [37, 20, 60, 10].
+    whose inputs are finite. Micro-batch 0 of its window. Data: batch 15 of epoch 0, samples [61, 37, 45, 21].
 """
 
 from __future__ import annotations

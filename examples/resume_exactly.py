@@ -3,7 +3,7 @@
 The samples are shuffled and made noisy at random; nothing is skipped, repeated or drawn anew. Expected output:
 
     stopped after 13 of 24 steps, in epoch 1 after 40 samples
-    went on with samples [39, 20, 15, 7, 26, 1, 52, 47]
+    went on with samples [6, 14, 48, 23, 29, 57, 50, 21]
     the run that never stopped took the same 11 batches: True
     and has the same weights: True
 """

@@ -6,10 +6,10 @@ process. The loop is that of any strategy. Expected output of
     accelerator launch --nproc-per-node 2 --strategy fsdp examples/train_fsdp.py
 
     4 x Block of 49,984 + the rest of GPT of 16,512 parameters; 108,224 of 216,448 on each rank
-    step  20  loss 2.93
-    step  40  loss 2.62
+    step  20  loss 2.83
+    step  40  loss 2.77
     ...
-    step 120  loss 2.46
+    step 120  loss 2.51
 """
 
 from pydoc_data.topics import topics

@@ -163,13 +163,13 @@ def test_mixed_precision(run: Player, nproc: int) -> None:
 def test_train_fsdp(run: Player, tmp_path: Path) -> None:
     script = tmp_path / "train_fsdp.py"
     script.write_text(
-        (EXAMPLES / "train_fsdp.py").read_text().replace("STEPS = 64, 4, 4, 64, 120", "STEPS = 64, 4, 4, 64, 40")
+        (EXAMPLES / "train_fsdp.py").read_text().replace("STEPS = 64, 4, 4, 64, 120", "STEPS = 64, 4, 4, 64, 60")
     )
     outputs = [run(script, nproc=1), run(script, nproc=2, strategy="fsdp")]
     one, two = ([float(loss) for loss in re.findall(r"^step +\d+  loss ([\d.]+)", text, re.M)] for text in outputs)
-    assert len(one) == 2
+    assert len(one) == 3
     assert one == pytest.approx(two, abs=0.011)
-    assert one[1] < one[0] - 0.1
+    assert one[-1] < one[0] - 0.1
     assert "4 x Block of 49,984 + the rest of GPT of 16,512 parameters; 108,224 of 216,448 on each rank" in outputs[1]
 
 
@@ -208,7 +208,7 @@ def promised(name: str) -> str:
 def test_find_a_nan(run: Player) -> None:
     output = run("find_a_nan", nproc=2)
     assert "in forward: the output of 0 (Normalise) of Sequential, whose inputs are finite" in output
-    assert "samples [37, 20, 60, 10]" in output
+    assert "samples [61, 37, 45, 21]" in output
 
 
 def test_load_big_model(run: Player) -> None:
