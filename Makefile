@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_XLA := .venv-xla
-XLA_PINS := torch==2.9.0 torch_xla==2.9.0 torchao==0.15.0
+XLA_PINS := torch==2.9.0 torch_xla==2.9.0
 
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 DEV := $(VENV)/.dev-$(KEY)
@@ -74,8 +74,9 @@ $(VENV)/.%-$(KEY):
 
 $(XLA):
 	test -x $(VENV_XLA)/bin/python || $(PYTHON) -m venv $(VENV_XLA)
-	grep -v -e '^torch==' -e '^torchao==' constraints.txt > $(VENV_XLA)/constraints.txt
+	grep -v -e '^torch==' constraints.txt > $(VENV_XLA)/constraints.txt
 	printf '%s\n' $(XLA_PINS) >> $(VENV_XLA)/constraints.txt
 	$(VENV_XLA)/bin/pip install --quiet -c $(VENV_XLA)/constraints.txt -e '.[dev,xla]'
+	$(VENV_XLA)/bin/pip uninstall --quiet --yes torchao  # 0.18 needs a newer torch, and transformers imports what it finds
 	rm -f $(VENV_XLA)/.xla-*
 	touch $@
