@@ -56,9 +56,8 @@ class Ledger(Observer):
         indices = link.indices(cursor, cursor.index)
         row = {"event": "batch", "loader": number, "epoch": cursor.epoch, "batch": cursor.index, "rank": cursor.rank}
         row["position"] = None if cursor.cut is None else cursor.cut.position_after(cursor.index - 1)
-        counts_items = (
-            cursor.cut is not None and not cursor.cut.counts_samples
-        )  # each is what the dataset gives at once
+        # An item is what the dataset gives at once.
+        counts_items = cursor.cut is not None and not cursor.cut.counts_samples
         row |= {"ghost": cursor.is_ghost, "samples": int(not cursor.is_ghost) if counts_items else cursor.samples}
         self._write(row | {"indices": None if indices is None else [_plain(index) for index in indices]})
 

@@ -85,9 +85,8 @@ def reader(path: Path, model: str) -> Callable[[str], Tensor]:
         target = torch.empty(shape, dtype=dtype)
         tensors.read({f"model/{model}/{name}": target}, folder, World(), opened)
         found = target.detach()
-        target.data = torch.empty(
-            0, dtype=dtype
-        )  # torch leaves `target` in cycles, which hold it until they are collected
+        # torch leaves `target` in cycles, which hold it until they are collected.
+        target.data = torch.empty(0, dtype=dtype)
         return found
 
     return read

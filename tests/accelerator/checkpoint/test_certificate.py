@@ -216,6 +216,21 @@ def test_sparse_gradients_have_a_norm(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def certified_batch(folder: Path, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the certificate of a checkpoint says of the batch that was trained on next."""
+    accelerator = Accelerator(CPU(), project_dir=folder)
+    net = nn.Linear(2, 1)
+    loader = torch.utils.data.DataLoader(Numbers(), batch_size=2, collate_fn=lambda samples: batch)
+    model, optimizer, loader = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), loader)
+    saved = accelerator.save_state()
+    for given in loader:
+        accelerator.backward(model(given["x"]).sum())
+        optimizer.step()
+        break
+    certificate = json.loads((saved / "certificate.json").read_text())
+    return dict(certificate["ranks"][0][0]["batch"])
+
+
 def test_batches_of_any_tensors_are_read_or_left_out(tmp_path: Path) -> None:
     x = torch.ones(2, 2)
     odd = {
@@ -225,16 +240,7 @@ def test_batches_of_any_tensors_are_read_or_left_out(tmp_path: Path) -> None:
         "sparse": x.to_sparse(),
     }
     odd["nested"] = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
-    accelerator = Accelerator(CPU(), project_dir=tmp_path)
-    net = nn.Linear(2, 1)
-    loader = torch.utils.data.DataLoader(Numbers(), batch_size=2, collate_fn=lambda samples: {"x": x, **odd})
-    model, optimizer, loader = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), loader)
-    folder = accelerator.save_state()
-    for batch in loader:
-        accelerator.backward(model(batch["x"]).sum())
-        optimizer.step()
-        break
-    assert json.loads((folder / "certificate.json").read_text())["ranks"][0][0]["batch"]["samples"] == 2
+    assert certified_batch(tmp_path, {"x": x, **odd})["samples"] == 2
 
 
 def test_another_mesh_is_another_place(ranks: RankPool, tmp_path: Path) -> None:
@@ -264,20 +270,9 @@ def test_losses_that_cancel_are_compared_by_their_own_size() -> None:
 
 
 def test_arrays_are_read_too(tmp_path: Path) -> None:
-    digests = []
-    for number in range(2):
-        accelerator = Accelerator(CPU(), project_dir=tmp_path / str(number))
-        net = nn.Linear(2, 1)
-        batch = {"x": torch.ones(2, 2), "array": np.full(2, number)}
-        loader = torch.utils.data.DataLoader(Numbers(), batch_size=2, collate_fn=lambda samples, batch=batch: batch)
-        model, optimizer, loader = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), loader)
-        folder = accelerator.save_state()
-        for given in loader:
-            accelerator.backward(model(given["x"]).sum())
-            optimizer.step()
-            break
-        digests.append(json.loads((folder / "certificate.json").read_text())["ranks"][0][0]["batch"]["digest"])
-    assert digests[0] != digests[1]
+    batches = [{"x": torch.ones(2, 2), "array": np.full(2, number)} for number in range(2)]
+    one, two = (certified_batch(tmp_path / str(number), batch)["digest"] for number, batch in enumerate(batches))
+    assert one != two
 
 
 def test_without_an_optimizer_no_step_is_waited_for(tmp_path: Path) -> None:
