@@ -215,7 +215,6 @@ def test_sparse_gradients_have_a_norm(tmp_path: Path) -> None:
     assert norm == pytest.approx((2 * (2 / 3) ** 2 + 2 * (1 / 3) ** 2) ** 0.5)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def certified_batch(folder: Path, batch: dict[str, Any]) -> dict[str, Any]:
     """What the certificate of a checkpoint says of the batch that was trained on next."""
     accelerator = Accelerator(CPU(), project_dir=folder)
@@ -231,6 +230,7 @@ def certified_batch(folder: Path, batch: dict[str, Any]) -> dict[str, Any]:
     return dict(certificate["ranks"][0][0]["batch"])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_batches_of_any_tensors_are_read_or_left_out(tmp_path: Path) -> None:
     x = torch.ones(2, 2)
     odd = {
