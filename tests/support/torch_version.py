@@ -12,9 +12,6 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 ended_peers_are_listed = pytest.mark.skipif(
     TORCH < (2, 13), reason="the elastic agent of this torch does not list the processes that it ended itself"
 )
-collectives_are_profiled = pytest.mark.skipif(
-    TORCH < (2, 13), reason="the profiler of this torch does not show the collectives of DistributedDataParallel"
-)
 torchao_runs = pytest.mark.skipif(
     TORCH < (2, 11), reason="torchao 0.18, the first that is used, needs torch 2.11 or newer"
 )
