@@ -19,6 +19,7 @@ from ..errors import DataError
 from ..lockstep import Step
 from ..sharding import ComputedOrder, Cut
 from ..sources import Cursor
+from ..transfer import unrecorded
 from ..tree import num_samples
 from .position import Position, describe, describe_stream, read, read_stream
 from .sampling import PlannedSampler, length_now, sampler_for
@@ -136,7 +137,7 @@ class DataLoaderLink:
             else:
                 with _undrawn(begin.start > 0):
                     iterator = make_iterator()
-                batches = accumulation.strategy.device_loader(iterator, world)
+                batches = accumulation.strategy.device_loader(unrecorded(iterator), world)
                 if cursor.is_planned:  # the usual pass, without another generator around it
                     assert cut is not None
                     is_grad_enabled, mark_step = torch.is_grad_enabled, accumulation.strategy.mark_step
