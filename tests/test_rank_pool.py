@@ -136,7 +136,7 @@ def test_ranks_form_a_process_group(ranks: RankPool, nproc: int) -> None:
 
 
 @given(value=st.integers(0, 9))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_cases_may_be_generated(ranks: RankPool, value: int) -> None:
     assert [answer.value for answer in ranks(add_rank, Answer(value, torch.ones(1)))] == [value, value + 1]
 

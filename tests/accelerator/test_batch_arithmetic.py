@@ -33,7 +33,7 @@ def arithmetic(wanted: int | None, *sizes: int | None, world_size: int = 1) -> B
     return derived
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(wanted=st.integers(1, 200), batch=st.integers(1, 30))
 def test_steps_times_batch_is_what_was_asked_or_the_nearest_are_named(wanted: int, batch: int) -> None:
     fitting = [steps * batch for steps in range(1, wanted + 2)]

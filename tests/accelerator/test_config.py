@@ -105,7 +105,7 @@ CHOICES: dict[str, list[Any]] = {
         },
     )
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_highest_layer_that_gives_a_setting_wins(layers: dict[str, dict[str, Any]]) -> None:
     found = resolve(
         layers.get("code"),
@@ -137,7 +137,7 @@ def test_the_highest_layer_that_gives_a_setting_wins(layers: dict[str, dict[str,
         },
     )
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_options_of_a_strategy_merge_one_by_one(layers: dict[str, dict[str, int]]) -> None:
     rows = "".join(f"{name} = {value}\n" for name, value in layers.get("file", {}).items())
     found = resolve(

@@ -88,7 +88,7 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # -- the numbers -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(1, 13), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0.0, 0.5, 0.999, 1.0]))
 def test_averages_are_those_of_averaged_model(length: int, batch_size: int, steps: int, decay: float) -> None:
     case = Case(length=length, batch_size=batch_size, steps=steps)

@@ -36,7 +36,7 @@ def metrics(length: int, batch_size: int) -> list[Any]:
     return list(seen.values())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(length=st.integers(1, 30), batch_size=st.integers(1, 5), nproc=st.integers(1, 3))
 def test_what_is_gathered_is_the_dataset_once(ranks: RankPool, length: int, batch_size: int, nproc: int) -> None:
     means = []

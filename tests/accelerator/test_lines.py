@@ -30,7 +30,7 @@ def steps_in(path: Path) -> list[int]:
 
 
 @given(cut=st.integers(0, 200), last=st.integers(1, 12), resumed=st.integers(0, 14))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_run_cut_anywhere_goes_on_without_a_step_twice(cut: int, last: int, resumed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log.jsonl"

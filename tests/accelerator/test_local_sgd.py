@@ -113,7 +113,7 @@ def average(of_ranks: list[list[Any]]) -> None:
                 tensor.copy_(mean)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(data=st.data())
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_train_alone_and_average(world: int, ranks: RankPool, data: st.DataObject) -> None:

@@ -25,7 +25,7 @@ def shares(inputs: Any, world_size: int, apply_padding: bool) -> list[Any]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(length=st.integers(0, 20), world_size=st.integers(1, 6), padded=st.booleans(), kind=st.sampled_from(list(KINDS)))
 def test_shares_are_contiguous_even_and_complete(length: int, world_size: int, padded: bool, kind: str) -> None:
     inputs = KINDS[kind](list(range(length)))

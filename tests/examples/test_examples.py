@@ -34,7 +34,7 @@ class Player:
         path = script if isinstance(script, Path) else EXAMPLES / f"{script}.py"
         alone = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         env = {"ACCELERATOR_STRATEGY": strategy, **(alone if nproc == 1 else {})}
-        return "".join(self._ranks(play, str(path), arguments, nproc=nproc, env=env, timeout=110))
+        return "".join(self._ranks(play, str(path), arguments, nproc=nproc, env=env, timeout=280))
 
 
 def play(script: str, arguments: tuple[str, ...]) -> str:
@@ -65,7 +65,7 @@ def start(script: Path, *arguments: str, nproc: int = 1) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout

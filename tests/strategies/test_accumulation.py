@@ -37,31 +37,31 @@ def check(ranks: RankPool, *several: Case) -> None:
             assert_equal(case, train_plain(case), run)
 
 
-@settings(max_examples=120, deadline=None, phases=PHASES)
+@settings(max_examples=120, phases=PHASES)
 @given(case=cases())
 def test_any_loop_on_one_process_equals_the_plain_one(case: Case) -> None:
     assert_equal(case, train_plain(case), train_prepared(case))
 
 
-@settings(max_examples=40, deadline=None, phases=PHASES)
+@settings(max_examples=40, phases=PHASES)
 @given(case=st.sampled_from(["bf16", "fp16"]).flatmap(lambda precision: cases(precision=precision)))
 def test_any_loop_in_low_precision_equals_the_plain_one(case: Case) -> None:
     assert_equal(case, train_plain(case), train_prepared(case))
 
 
-@settings(max_examples=10, deadline=None, phases=PHASES)
+@settings(max_examples=10, phases=PHASES)
 @given(several=st.lists(cases(world=2), min_size=5, max_size=7))
 def test_any_loop_on_two_processes_equals_the_plain_one(ranks: RankPool, several: list[Case]) -> None:
     check(ranks, *several)
 
 
-@settings(max_examples=4, deadline=None, phases=PHASES)
+@settings(max_examples=4, phases=PHASES)
 @given(several=st.lists(cases(world=3), min_size=3, max_size=5))
 def test_any_loop_on_three_processes_equals_the_plain_one(ranks: RankPool, several: list[Case]) -> None:
     check(ranks, *several)
 
 
-@settings(max_examples=5, deadline=None, phases=PHASES)
+@settings(max_examples=5, phases=PHASES)
 @given(several=st.lists(cases(world=2, precision="bf16") | cases(world=2, precision="fp16"), min_size=5, max_size=6))
 def test_low_precision_on_two_processes_equals_the_plain_one(ranks: RankPool, several: list[Case]) -> None:
     check(ranks, *several)

@@ -65,7 +65,7 @@ def expected_batch(whole: list[int], position: int, stage: Stage) -> list[int]:
     return [] if stage.drop_last and len(batch) < stage.world_size * stage.batch_size else batch
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(length=st.integers(1, 200), shuffle=st.booleans(), epoch=st.integers(0, 3), stages=STAGES)
 def test_stages_of_any_world_and_batch_take_the_epoch_in_its_order(
     length: int, shuffle: bool, epoch: int, stages: list[Stage]
@@ -153,7 +153,7 @@ def test_any_number_of_workers_resumes_the_same(kind: str) -> None:
     assert (before, after) == (whole[:stop], whole[stop:])
 
 
-@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking takes long
+@settings(max_examples=20, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking takes long
 @given(
     kind=st.sampled_from([kind for kind in LOADERS if kind != "dropping"]),
     length=st.integers(1, 40),

@@ -66,7 +66,7 @@ def test_workers_change_nothing(ranks: RankPool, persistent: bool) -> None:
     assert ranks(epochs_of, 11, 2, False, plain | options) == ranks(epochs_of, 11, 2, False, plain)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     length=st.integers(1, 40),
     batch_size=st.integers(1, 7),
@@ -290,6 +290,11 @@ def test_pickling_gives_a_loader_that_can_be_prepared_again() -> None:
 
 @pytest.mark.parametrize("how", ["freed", "forgotten"])
 def test_persistent_workers_end_at_once_with_their_loader(how: str) -> None:
+    # Torch waits 5 s for each worker that it cannot end. Other load can make one try as slow.
+    assert any(seconds_to_end_workers(how) < 4 for _ in range(3))
+
+
+def seconds_to_end_workers(how: str) -> float:
     accelerator = Accelerator(strategy="cpu")
     loader = accelerator.prepare(DataLoader(Numbers(8), batch_size=2, num_workers=2, persistent_workers=True))
     list(loader)
@@ -299,7 +304,7 @@ def test_persistent_workers_end_at_once_with_their_loader(how: str) -> None:
         accelerator.free_memory()
     del accelerator
     gc.collect()
-    assert time.monotonic() - start < 4
+    return time.monotonic() - start
 
 
 def lengths_of_copies() -> tuple[int, int]:

@@ -29,7 +29,7 @@ def test_the_order_is_a_bijection_for_every_short_length() -> None:
         assert np.array_equal(np.sort(order(length, seed=length % 7, epoch=length % 3)), np.arange(length)), length
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(length=st.integers(2001, 3 * 10**5), seed=st.integers(-(2**63), 2**64 - 1), epoch=st.integers(0, 10**6))
 @example(length=2**17, seed=0, epoch=0)
 @example(length=2**17 + 1, seed=0, epoch=0)
@@ -71,7 +71,7 @@ def position_of(index: int, length: int, seed: int, epoch: int) -> int:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(length=st.integers(2**17 + 1, 10**12), epoch=st.integers(0, 99), data=st.data())
 @example(length=10**12, epoch=0, data=None)
 @example(length=2**40, epoch=1, data=None)
@@ -170,7 +170,7 @@ CUTS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cut=CUTS)
 def test_slices_cover_every_global_batch_once_contiguously_and_evenly(cut: Cut) -> None:
     batches = [range(cut.length)[i : i + cut.global_batch] for i in range(0, cut.length, cut.global_batch)]
@@ -187,7 +187,7 @@ def test_slices_cover_every_global_batch_once_contiguously_and_evenly(cut: Cut) 
         assert cut.samples(index) == len(batch)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cut=CUTS, num_batches=st.integers(1, 12), data=st.data())
 def test_samples_of_a_window_are_counted_as_far_as_the_epoch_goes(
     cut: Cut, num_batches: int, data: st.DataObject
@@ -199,7 +199,7 @@ def test_samples_of_a_window_are_counted_as_far_as_the_epoch_goes(
     assert cut.window_samples(first, num_batches) == sum(cut.samples(batch) for batch in inside)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     length=st.integers(1, 300),
     per_rank=st.integers(1, 9),

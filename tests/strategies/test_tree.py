@@ -107,7 +107,7 @@ def replaced(described: Any, device: str) -> Any:
     return described
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tree=TREES)
 def test_every_tensor_is_replaced_and_all_else_kept(tree: Any) -> None:
     before = plain(tree)
@@ -115,7 +115,7 @@ def test_every_tensor_is_replaced_and_all_else_kept(tree: Any) -> None:
     assert plain(tree) == before
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tree=TREES)
 def test_tensors_come_in_the_order_of_the_map(tree: Any) -> None:
     visited: list[Tensor] = []
@@ -125,7 +125,7 @@ def test_tensors_come_in_the_order_of_the_map(tree: Any) -> None:
     assert [id(leaf) for leaf in leaves] == [id(tensor) for tensor in visited]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tree=TREES)
 def test_moving_puts_every_tensor_on_the_device(tree: Any) -> None:
     def described(tensor: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def chains(draw: st.DrawFn) -> tuple[Chain, dict[int | str, int]]:
     return Chain(sizes, nested, ties), {device: draw(st.integers(0, 1500)) for device in devices}
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     chains(),
     st.sampled_from(["auto", "balanced", "balanced_low_0", "sequential"]),

@@ -110,7 +110,7 @@ DTYPES = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(DTYPES), st.integers(1, 40), st.data())
 def test_a_fingerprint_sees_one_changed_element_and_two_exchanged(
     dtype: torch.dtype, n: int, data: st.DataObject

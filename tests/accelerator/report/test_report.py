@@ -131,7 +131,7 @@ NUMBERS = st.floats(allow_nan=True, allow_infinity=True, width=32)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**9), NUMBERS), min_size=1, max_size=30), st.text(max_size=8))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_points_make_a_chart_within_its_frame(points: list[tuple[int, float]], name: str) -> None:
     name = re.sub(r"[^\x20-\x7e]", "?", name)
     text = line_chart({name: sorted(points, key=lambda point: point[0])})
