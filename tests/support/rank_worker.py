@@ -68,7 +68,10 @@ def serve(pipe: connection.Connection, lifeline: connection.Connection) -> None:
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True, chain=False)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    gc.freeze()  # torch's million objects need no visit after every call
+    # Torch's million objects need no visit after every call. Cycles are collected between calls only: one collection
+    # in the middle of a call, beside torch's own threads, has ended a worker with SIGSEGV.
+    gc.freeze()
+    gc.disable()
     with contextlib.suppress(EOFError, OSError):  # the other end was closed, and that is all there is to do
         pipe.send_bytes(b"ready")
         while True:
