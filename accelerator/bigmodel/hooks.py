@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from strategies.errors import PrepareError, StepError
+from strategies.prepared.model import DISPATCHED
 from strategies.tree import iterate_tensors, move
 
 from .parts import Part
@@ -32,6 +33,7 @@ class _Hook(Unpicklable):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
+        setattr(self, DISPATCHED, True)  # prepare() knows modules of a dispatched model by it
 
     def __call__(self, *args: Any) -> Any:
         return self._function(*args)

@@ -176,14 +176,7 @@ def prepare_model(model: nn.Module, accumulation: Accumulation) -> nn.Module:
             f"{type(model).__name__} is already parallel. Give the module inside it (model.module); "
             "the strategy wraps it."
         )
-    spread = set((getattr(model, "hf_device_map", None) or {}).values())  # how Accelerate and transformers mark theirs
-    if getattr(model, DISPATCHED, None) is not None or len(spread) > 1:
-        raise PrepareError(
-            f"{type(model).__name__} is dispatched: a device map says where its weights are, and they come and go, "
-            "so no strategy can place or synchronise them. Use it for inference without prepare(); or prepare only the "
-            "adapters, as a module of their own; or call remove_dispatch(model), or do not dispatch it, and "
-            "cut it over processes with strategy='fsdp'."
-        )
+    _refuse_dispatched(model, accumulation)
     quantized = [name for name, parameter in model.named_parameters() if is_quantized(parameter)]
     if quantized:
         raise PrepareError(
@@ -194,3 +187,31 @@ def prepare_model(model: nn.Module, accumulation: Accumulation) -> nn.Module:
     link = ModelLink(model, accumulation)
     accumulation.models.append(link)
     return make_view(link.original, PreparedModel, link)  # type: ignore[return-value]  # also of the user's class
+
+
+def _refuse_dispatched(model: nn.Module, accumulation: Accumulation) -> None:
+    """Raise `PrepareError` for a dispatched model, and for one around it or within it that would move or be sent."""
+    name = type(model).__name__
+    spread = set((getattr(model, "hf_device_map", None) or {}).values())  # how Accelerate and transformers mark theirs
+    if getattr(model, DISPATCHED, None) is not None or len(spread) > 1:
+        raise PrepareError(
+            f"{name} is dispatched: a device map says where its weights are, and they come and go, "
+            "so no strategy can place or synchronise them. Use it for inference without prepare(); or prepare only the "
+            "adapters, as a module of their own; or call remove_dispatch(model), or do not dispatch it, and "
+            "cut it over processes with strategy='fsdp'."
+        )
+    if accumulation.strategy.single_process and accumulation.world.device.type == "cpu":
+        return  # nothing moves, and nothing is sent
+    inside = [path for path, module in model.named_modules() if _is_of_dispatched(module)]
+    if inside:
+        raise PrepareError(
+            f"{name} holds modules of a dispatched model ({listed(inside)}): their weights come and go, so no strategy "
+            "can place or synchronise them. Prepare only what is trained, as a module of its own, and call it on what "
+            "the dispatched model gives; or train in one process on the CPU (strategy='cpu'); or call "
+            "remove_dispatch() on the model inside."
+        )
+
+
+def _is_of_dispatched(module: nn.Module) -> bool:
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return DISPATCHED in vars(module) or any(hasattr(hook, DISPATCHED) for hook in hooks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -313,6 +314,59 @@ def test_a_dispatched_model_is_not_prepared(net: Path) -> None:
     with pytest.raises(PrepareError, match=r"Net is dispatched: .* strategy='fsdp'"):
         Accelerator("cpu").prepare(model)
     Accelerator("cpu").prepare(remove_dispatch(model))
+
+
+def prepare_around_and_within(folder: str, strategy: str) -> list[str]:
+    """What `prepare` says of a model with a dispatched one inside it, and of a module of a dispatched one."""
+    accelerator = Accelerator(strategy)
+    base = offloaded(Path(folder))
+    said = []
+    for model in (Adapted(base), base.layers[1], base.layers):
+        try:
+            accelerator.prepare(model)
+            said.append("accepted")
+        except PrepareError as error:
+            said.append(str(error))
+    return said
+
+
+def test_nor_is_one_inside_another_nor_a_module_of_it(net: Path, ranks: RankPool) -> None:
+    for around, within, several in ranks(prepare_around_and_within, str(net), "ddp", nproc=2):
+        assert re.match(r"Adapted holds modules of a dispatched model \(base, .*Prepare only what is trained", around)
+        assert within.startswith("Block holds modules of a dispatched model")
+        assert several.startswith("ModuleList holds modules of a dispatched model (0, 1, 2)")
+
+
+def train_prepared(folder: str | None, strategy: str) -> tuple[list[float], Tensor]:
+    """Train a head on what a model gives, which rests on the disk or is in memory."""
+    accelerator = Accelerator(strategy)
+    base = (offloaded(Path(folder), offload_budget=1500) if folder else make_net()).requires_grad_(False)
+    torch.manual_seed(7)
+    head = nn.Linear(4, 1)
+    head, optimizer = accelerator.prepare(head, torch.optim.SGD(head.parameters(), lr=0.1))
+    losses = []
+    for seed in range(4):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed + 10 * accelerator.process_index))
+        loss = head(base(x)[None]).square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, head.weight.detach().clone()
+
+
+def test_what_is_trained_on_a_dispatched_model_is_prepared(net: Path, ranks: RankPool) -> None:
+    of_disk, of_memory = (ranks(train_prepared, folder, "ddp", nproc=2) for folder in (str(net), None))
+    for (losses, weight), (expected_losses, expected) in zip(of_disk, of_memory, strict=True):
+        assert losses == expected_losses
+        assert torch.equal(weight, expected)
+    assert torch.equal(of_disk[0][1], of_disk[1][1])
+
+
+def test_one_process_on_a_cpu_trains_around_a_dispatched_model(net: Path) -> None:
+    model = Adapted(offloaded(net, offload_budget=1500))
+    assert prepare_around_and_within(str(net), "cpu") == ["accepted"] * 3
+    assert all(map(torch.equal, train(Accelerator("cpu").prepare(model)), train(Adapted(make_net()))))
 
 
 def test_refusals(net: Path) -> None:
