@@ -19,7 +19,7 @@ from strategies.tree import move
 
 from . import pages
 from .device_map import Kind, infer_auto_device_map
-from .hooks import Unpicklable, attach, follow
+from .hooks import Unpicklable, attach, follow, keep_in_place
 from .load import load_checkpoint_in_model, written
 from .parts import Part, parts_of
 from .places import Device, DeviceMap, check_device_map, device_of, device_that_computes, main_device, rests
@@ -82,6 +82,8 @@ def dispatch_model(
         holdings: list[Holding] = [_holding(part, main, mappings) for part in resting]
         state.residency = Residency(holdings, budget)
         attach(model, resting, holdings, state.residency, state.handles)
+    if state.handles:
+        keep_in_place(model)
     return model
 
 
@@ -125,6 +127,7 @@ def remove_dispatch(model: nn.Module) -> nn.Module:
     """Take off what `dispatch_model` attached; return `model`. Its weights stay where they rest, and work there."""
     state: Dispatched | None = vars(model).pop(DISPATCHED, None)
     if state is not None:
+        vars(model).pop("_apply", None)
         for handle in state.handles:
             handle.remove()
         if state.residency is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,25 @@ def follow(
             handles.append(module.register_forward_pre_hook(_Hook(partial(to, target)), prepend=True, with_kwargs=True))
     handles.append(model.register_forward_pre_hook(_Hook(begin), prepend=True, with_kwargs=True))
     handles.append(model.register_forward_hook(_Hook(end), always_call=True))
+
+
+def keep_in_place(model: nn.Module) -> None:
+    """Have `.to()`, `.half()` and the like refuse what would move or cast weights: they would all be in memory."""
+    vars(model)["_apply"] = _Hook(partial(_apply_in_place, ref(model)))
+
+
+def _apply_in_place(reference: ref[nn.Module], function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    model = reference()
+    assert model is not None  # it is being called
+    for place in {(parameter.device, parameter.dtype) for parameter in model.parameters()}:
+        changed = function(torch.empty(0, device=place[0], dtype=place[1]))
+        if (changed.device, changed.dtype) != place:
+            raise PrepareError(
+                f"{type(model).__name__} is dispatched, and its weights stay where its device map says: they cannot be "
+                f"moved or cast to {str(changed.device)!r}, {changed.dtype}. Load it with dtype= or another device "
+                "map, or call remove_dispatch(model) first."
+            )
+    return type(model)._apply(model, function, recurse)
 
 
 def attach(

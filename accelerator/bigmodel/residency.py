@@ -25,7 +25,10 @@ class Holding(Protocol):
         """Have the weights where they are used when this returns. Called in the reader thread."""
 
     def use(self) -> None:
-        """Put what was brought in into the model. Called in the thread that runs the model."""
+        """Put what was brought in into the model, if it is not there. Called in the thread that runs the model."""
+
+    def rest(self) -> None:
+        """Take out of the model what `use` put there, and keep it."""
 
     def give_back(self) -> None:
         """Free what `bring_in` took."""
@@ -46,6 +49,9 @@ class MappedPages:
     def use(self) -> None:
         """They are in the model all the time."""
 
+    def rest(self) -> None:
+        """They stay in the model."""
+
     def give_back(self) -> None:
         """Let the pages go, but for tensors that were written to."""
         for tensor in self._tensors:
@@ -53,19 +59,27 @@ class MappedPages:
 
 
 class Copies:
-    """Weights that rest in CPU memory, their own or a mapped file's, and are copied to a device."""
+    """Weights that rest in CPU memory, their own or a mapped file's, and are copied to a device.
+
+    Parameters show the copies only while their part runs, so that what is written to a model at rest is written where
+    it stays. A copy is made anew if its parameter was written to, or shows another tensor.
+    """
 
     def __init__(self, part: Part, device: torch.device, mappings: pages.FileMappings) -> None:
         self.parameters = [tensor for tensor in part.tensors if isinstance(tensor, torch.nn.Parameter)]
         self.num_bytes = sum(parameter.nbytes for parameter in self.parameters)
         self._resting = [parameter.data for parameter in self.parameters]
+        self._versions = [_version(parameter) for parameter in self.parameters]
         self._mapped = [tensor for tensor in self._resting if mappings.hold(tensor)]
         self._device = device
         self._stream = torch.Stream(device) if device.type != "cpu" else None
         self._copies: list[Tensor] = []
+        self._in_use = False
 
     def bring_in(self) -> None:
         """Copy, by way of pinned memory, on a stream of the reader's own."""
+        self._versions = [_version(parameter) for parameter in self.parameters]  # before the numbers
+        self._resting = [parameter.data for parameter in self.parameters]
         if self._stream is None:
             self._copies = [tensor.clone() for tensor in self._resting]
             return
@@ -78,17 +92,40 @@ class Copies:
 
     def use(self) -> None:
         """Have the parameters show the copies."""
+        if self._in_use:
+            return
+        if not all(map(_shows, self.parameters, self._resting, self._versions)):
+            self.bring_in()
         for parameter, copy in zip(self.parameters, self._copies, strict=True):
             parameter.data = copy
+        self._in_use = True
+
+    def rest(self) -> None:
+        """Have the parameters show what rests, with what their modules wrote to the copies."""
+        if not self._in_use:
+            return
+        for index, parameter in enumerate(self.parameters):
+            if _version(parameter) != self._versions[index]:
+                self._resting[index].copy_(self._copies[index])
+                self._versions[index] = _version(parameter)
+            parameter.data = self._resting[index]
+        self._in_use = False
 
     def give_back(self) -> None:
-        """Have the parameters show what rests, and free the copies once the device is done with them."""
+        """Free the copies once the device is done with them."""
+        self.rest()
         if self._stream is not None:
             for copy in self._copies:
                 copy.record_stream(torch.accelerator.current_stream(self._device))
-        for parameter, resting in zip(self.parameters, self._resting, strict=True):
-            parameter.data = resting
         self._copies = []
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # counts the writes, not those through `.data`
+
+
+def _shows(parameter: Tensor, tensor: Tensor, version: int) -> bool:
+    return parameter.dtype == tensor.dtype and parameter.is_set_to(tensor) and _version(parameter) == version
 
 
 class Residency:
@@ -135,17 +172,20 @@ class Residency:
                 self._read_ahead(index, direction)
         try:
             reading.result()
+            with self._lock:
+                self._holdings[index].use()
         except BaseException:
             with self._lock:
                 self._running[index] -= 1
                 self._held.pop(index, None)
             raise
-        self._holdings[index].use()
 
     def leave(self, index: int) -> None:
         """Let a holding be given back, when its room is needed."""
         with self._lock:
             self._running[index] -= 1
+            if not self._running[index]:
+                self._holdings[index].rest()
 
     def close(self) -> None:
         """Give everything back."""

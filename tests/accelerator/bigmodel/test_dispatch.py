@@ -156,6 +156,41 @@ def test_weights_that_are_written_to_keep_what_was_written(net: Path) -> None:
     check_equal(model, expected)
 
 
+def add_to_bias(module: nn.Linear, args: object) -> None:
+    module.bias.add_(1)  # while it runs
+
+
+@pytest.mark.usefixtures("by_copies")
+@pytest.mark.parametrize("budget", [1500, None, "1GB"])
+def test_what_is_written_to_a_model_of_copies_is_what_runs(net: Path, tmp_path: Path, budget: int | str | None) -> None:
+    model = offloaded(net, offload_budget=budget)
+    check_equal(model, make_net())
+    model.load_state_dict(make_net(seed=5).state_dict())
+    check_equal(model, make_net(seed=5))
+    Accelerator("cpu").save_model(make_net(seed=6), tmp_path / "other")
+    Accelerator("cpu").load_model(model, tmp_path / "other")
+    check_equal(model, make_net(seed=6))
+    changed = make_net(seed=6)
+    for one in (model, changed):
+        one.layers[2].up.weight.data = torch.ones(16, 8)
+        one.layers[1].up.register_forward_pre_hook(add_to_bias)
+    check_equal(model, changed)
+    torch.testing.assert_close(dict(model.named_parameters()), dict(changed.named_parameters()), rtol=0, atol=0)
+    check_equal(remove_dispatch(model), changed)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_dispatched_model_is_neither_moved_nor_cast(net: Path, copies: bool, request: pytest.FixtureRequest) -> None:
+    if copies:
+        request.getfixturevalue("by_copies")
+    model = offloaded(net)
+    for change in (nn.Module.bfloat16, lambda model: model.to("meta"), lambda model: nn.Sequential(model).double()):
+        with pytest.raises(PrepareError, match=r"Net is dispatched, .* call remove_dispatch\(model\) first"):
+            change(model)
+    check_equal(model.to("cpu").float(), make_net())
+    assert remove_dispatch(model).bfloat16().head.weight.dtype is torch.bfloat16
+
+
 def test_all_of_a_model_on_the_disk_can_be_trained(net: Path) -> None:
     model, expected = offloaded(net, offload_budget=1500), make_net()
     for one in (model, expected):
