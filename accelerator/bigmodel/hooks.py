@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,13 @@ class Unpicklable:
         raise PrepareError("a dispatched model cannot be copied or pickled; call remove_dispatch(model) first")
 
 
+class _Running(threading.local):
+    """What began and has not ended, innermost last: forwards of one thread end in turn, those of several do not."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+
+
 class _Hook(Unpicklable):
     """What modules call: pickling one of them says what is wrong, where a local function could not."""
 
@@ -48,17 +56,17 @@ def follow(
     handles: list[RemovableHandle],
 ) -> None:
     """Have inputs move to the weights, and the model's outputs back to where its inputs were."""
-    came_from: list[torch.device | None] = []
+    came_from = _Running()  # devices, or `None` where there is no tensor
 
     def to(device: torch.device, module: nn.Module, args: Any, kwargs: Any) -> Any:
         return move(args, device), move(kwargs, device)
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         first = next(iterate_tensors((args, kwargs)), None)
-        came_from.append(None if first is None else first.device)
+        came_from.stack.append(None if first is None else first.device)
 
     def end(module: nn.Module, args: Any, output: Any) -> Any:
-        device = came_from.pop()
+        device = came_from.stack.pop()
         return output if device is None or output is None else move(output, device)
 
     for part in parts:
@@ -86,7 +94,8 @@ def _apply_in_place(reference: ref[nn.Module], function: Callable[[Tensor], Tens
                 f"moved or cast to {str(changed.device)!r}, {changed.dtype}. Load it with dtype= or another device "
                 "map, or call remove_dispatch(model) first."
             )
-    return type(model)._apply(model, function, recurse)
+    type(model)._apply(model, function, recurse)
+    return model
 
 
 def attach(
@@ -108,19 +117,20 @@ def attach(
 
 
 def _attach_pages(module: nn.Module, index: int, residency: Residency) -> list[RemovableHandle]:
-    entered: list[bool] = []
+    entered = _Running()  # whether the part is held
 
     def before(module: nn.Module, args: Any) -> None:
-        entered.append(False)
+        entered.stack.append(False)
         residency.enter(index)
-        entered[-1] = True
+        entered.stack[-1] = True
 
     def backward(gradient: Tensor) -> None:
-        residency.enter(index, backward=True)
-        residency.leave(index)
+        if not residency.is_closed:
+            residency.enter(index, backward=True)
+            residency.leave(index)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        if entered.pop():  # called even if something before it raised
+        if entered.stack.pop():  # called even if something before it raised
             residency.leave(index)
         if torch.is_grad_enabled():
             for tensor in iterate_tensors(output):
@@ -142,7 +152,7 @@ class _Saved:
 
 
 def _attach_copies(module: nn.Module, index: int, holding: Copies, residency: Residency) -> list[RemovableHandle]:
-    contexts: list[Any] = []  # `None` where entering failed
+    contexts = _Running()  # `None` where entering failed
 
     def pack(tensor: Tensor) -> Any:
         for number, parameter in enumerate(holding.parameters):
@@ -163,14 +173,14 @@ def _attach_copies(module: nn.Module, index: int, holding: Copies, residency: Re
             residency.leave(index)
 
     def before(module: nn.Module, args: Any) -> None:
-        contexts.append(None)
+        contexts.stack.append(None)
         _refuse_trained(module, holding.parameters)
         residency.enter(index)
-        contexts[-1] = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-        contexts[-1].__enter__()
+        contexts.stack[-1] = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        contexts.stack[-1].__enter__()
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        context = contexts.pop()
+        context = contexts.stack.pop()
         if context is not None:
             context.__exit__(None, None, None)
             residency.leave(index)

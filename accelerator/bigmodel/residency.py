@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from strategies.errors import StepError
 
 from . import pages
 from .parts import Part
@@ -142,9 +145,23 @@ class Residency:
         self._turn = {index: index for index in self._order}
         self._seen: dict[int, None] = {}
         self._held: dict[int, Future[None]] = {}
-        self._running = [0] * len(holdings)
-        self._lock = threading.RLock()  # backward runs in other threads
+        self.held_bytes = 0  # in memory, or on their way there
+        self.is_closed = False
+        self._start()
+
+    def _start(self) -> None:
+        self._process = os.getpid()
+        self._running = [0] * len(self._holdings)
+        self._lock = threading.RLock()  # backward runs in other threads, and forwards may
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="accelerator-reader")
+
+    def _start_in_child(self) -> None:
+        """In a forked process, where the reader's thread is not, begin anew."""
+        if self._process != os.getpid():
+            self._start()
+            for index in list(self._held):
+                self._forget(index)
+                self._holdings[index].give_back()
 
     def begin(self) -> None:
         """The model starts to run: note the order from here on."""
@@ -152,13 +169,21 @@ class Residency:
 
     def end(self) -> None:
         """The model ran: expect the same order next time."""
-        order = [*self._seen, *(index for index in self._order if index not in self._seen)]
-        if order != self._order:
-            self._order = order
-            self._turn = {index: turn for turn, index in enumerate(order)}
+        self._start_in_child()
+        with self._lock:
+            order = [*self._seen, *(index for index in self._order if index not in self._seen)]
+            if order != self._order:
+                self._order = order
+                self._turn = {index: turn for turn, index in enumerate(order)}
 
     def enter(self, index: int, *, backward: bool = False) -> None:
         """Have a holding in memory, and keep it there until `leave`."""
+        if self.is_closed:
+            raise StepError(
+                "remove_dispatch(model) was called between forward and backward, which needs weights on the device "
+                "they ran on. Call it after backward()."
+            )
+        self._start_in_child()
         with self._lock:
             if not backward:
                 self._seen[index] = None
@@ -177,7 +202,8 @@ class Residency:
         except BaseException:
             with self._lock:
                 self._running[index] -= 1
-                self._held.pop(index, None)
+                if self._held.get(index) is reading:
+                    self._forget(index)
             raise
 
     def leave(self, index: int) -> None:
@@ -186,20 +212,24 @@ class Residency:
             self._running[index] -= 1
             if not self._running[index]:
                 self._holdings[index].rest()
+                if self.held_bytes > self._budget and index in self._held:  # forwards of several threads met
+                    self._give_back(index)
 
     def close(self) -> None:
         """Give everything back."""
+        self.is_closed = True
+        self._start_in_child()
         self._reader.shutdown(wait=True, cancel_futures=True)
         for index in list(self._held):
             self._give_back(index)
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes in memory, or on their way there."""
-        return sum(self._holdings[index].num_bytes for index in self._held)
-
     def _bring_in(self, index: int) -> None:
         self._held[index] = self._reader.submit(self._holdings[index].bring_in)
+        self.held_bytes += self._holdings[index].num_bytes
+
+    def _forget(self, index: int) -> Future[None]:
+        self.held_bytes -= self._holdings[index].num_bytes
+        return self._held.pop(index)
 
     def _read_ahead(self, current: int, direction: int) -> None:
         begun = 0
@@ -237,7 +267,7 @@ class Residency:
         return True
 
     def _give_back(self, index: int) -> None:
-        reading = self._held.pop(index)
+        reading = self._forget(index)
         if not reading.cancel():
             reading.exception()  # wait for it; whoever needs the part meets the error
         self._holdings[index].give_back()

@@ -219,6 +219,23 @@ def test_removing_gives_the_model_back(net: Path, copies: bool, request: pytest.
     model(torch.ones(2, 5)).sum().backward()
 
 
+def test_removing_between_forward_and_backward(net: Path, request: pytest.FixtureRequest) -> None:
+    x, y = (torch.ones(2, 5, requires_grad=True) for _ in range(2))
+    model = offloaded(net, offload_budget=1500)
+    model.requires_grad_(False)
+    loss = model(x).sum()
+    remove_dispatch(model)
+    loss.backward()  # mapped weights are there
+    make_net()(y).sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    request.getfixturevalue("by_copies")
+    model = offloaded(net).requires_grad_(False)
+    loss = model(x).sum()
+    remove_dispatch(model)
+    with pytest.raises(StepError, match=r"between forward and backward.*Call it after backward\(\)"):
+        loss.backward()
+
+
 def test_a_model_in_memory_goes_to_the_disk(tmp_path: Path) -> None:
     model = make_net()
     with pytest.raises(StateError, match="give offload_folder"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from accelerator.bigmodel import init_empty_weights, load_checkpoint_and_dispatch
+from fresh_process import FreshProcesses
 
 BLOCK = 4 * (64 * 64 + 64)  # bytes
 
@@ -18,15 +22,19 @@ def build() -> nn.Sequential:
     return nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)])
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3, 6])
-def test_the_next_blocks_are_read_while_one_computes(blocks: int, tmp_path: Path) -> None:
+def offloaded(folder: Path, budget: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """A model on the disk, and the same in memory."""
     expected = build()
-    save_file(expected.state_dict(), tmp_path / "model.safetensors")
+    save_file(expected.state_dict(), folder / "model.safetensors")
     with init_empty_weights():
         model = build()
-    load_checkpoint_and_dispatch(
-        model, tmp_path, {"": "disk"}, offload_budget=blocks * BLOCK, no_split_classes=["Linear"]
-    )
+    load_checkpoint_and_dispatch(model, folder, {"": "disk"}, offload_budget=budget, no_split_classes=["Linear"])
+    return model, expected
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 6])
+def test_the_next_blocks_are_read_while_one_computes(blocks: int, tmp_path: Path) -> None:
+    model, expected = offloaded(tmp_path, blocks * BLOCK)
     residency = model._dispatched.residency  # type: ignore[union-attr]
     ahead: list[int] = []
 
@@ -45,3 +53,76 @@ def test_the_next_blocks_are_read_while_one_computes(blocks: int, tmp_path: Path
         for _ in range(2):
             assert torch.equal(model(x), expected(x))
     assert ahead == [min(blocks - 1, 2)] * 12
+
+
+@pytest.mark.parametrize("apart", [0, 1])
+def test_forwards_of_several_threads_keep_the_budget(apart: int, tmp_path: Path) -> None:
+    """Two threads are inside the same block together, or one is a block ahead."""
+    model, expected = offloaded(tmp_path, BLOCK)
+    residency: Any = model._dispatched.residency  # type: ignore[union-attr]
+    together, enter = threading.Barrier(2), residency.enter
+
+    def enter_together(index: int, **options: Any) -> None:
+        enter(index, **options)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(timeout=60)
+
+    x = torch.randn(3, 64)
+    outputs: dict[int, torch.Tensor] = {}
+
+    def run(number: int) -> None:
+        with torch.no_grad():
+            outputs[number] = model[number:](x) if number else model(x)
+        together.abort()  # the one that is behind runs on alone
+
+    residency.enter = enter_together
+    threads = [threading.Thread(target=run, args=(number,)) for number in (0, apart)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    with torch.no_grad():
+        assert all(torch.equal(output, expected[number:](x)) for number, output in outputs.items())
+    assert residency._running == [0] * 6
+    assert residency.held_bytes <= BLOCK
+
+
+FORK = """
+import multiprocessing, sys, torch
+from safetensors.torch import save_file
+from torch import nn
+from accelerator.bigmodel import init_empty_weights, load_checkpoint_and_dispatch, remove_dispatch
+
+def build():
+    return nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)])
+
+torch.set_num_threads(1)
+expected = build()
+save_file(expected.state_dict(), sys.argv[1] + "/model.safetensors")
+with init_empty_weights():
+    model = build()
+load_checkpoint_and_dispatch(model, sys.argv[1], {"": "disk"}, offload_budget=40000, no_split_classes=["Linear"])
+x = torch.randn(3, 64)
+
+@torch.no_grad()
+def check():
+    assert torch.equal(model(x), expected(x))
+
+def check_and_remove():
+    check()
+    remove_dispatch(model)
+    check()
+
+check()
+for target in (check_and_remove, lambda: remove_dispatch(model), check):
+    child = multiprocessing.get_context("fork").Process(target=target)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0, child.exitcode
+check()
+"""
+
+
+def test_a_forked_process_reads_for_itself(fresh: FreshProcesses, tmp_path: Path) -> None:
+    (finished,) = fresh(FORK, str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
