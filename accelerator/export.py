@@ -227,11 +227,16 @@ class _Remote(_Folder):
 
 def _gathered(state: dict[str, Any], world: World) -> Iterator[tuple[str, Any]]:
     """Every value whole, on rank 0 only; one tensor at a time is whole on the others. Collective."""
+    from .bigmodel.pages import give_back
+
     for name, value in state.items():
         if isinstance(value, Tensor):
             full = whole(value)
             if world.is_main:
-                yield name, full.cpu().clone() if full.device.type == "cpu" else full.cpu()
+                in_memory = full.device.type == "cpu"
+                yield name, full.clone() if in_memory else full.cpu()
+                if in_memory:
+                    give_back(full)  # if it is mapped from a file
             del full
         elif world.is_main:
             yield name, value

@@ -13,7 +13,7 @@ from torch import nn
 from accelerator.byte_sizes import in_words, number_of_bytes
 from strategies.errors import ConfigurationError
 
-from .parts import Part, parts_of
+from .parts import Part, described, parts_of, running_around
 from .places import Device, DeviceMap, device_of
 from .quantize import Quantize, loaded_size, ways_of
 
@@ -150,23 +150,25 @@ def _with_room_to_run(
 ) -> list[int]:
     """Fill one device after the other, with room left on the first for what is fetched to it."""
     runs = {index for index, device in enumerate(devices) if device not in ("cpu", "disk")} or {0}
-    largest = 0
+    around = running_around(parts)
+    largest, needed = 0, 0
     for at_once in (2, 1):
         room = 0
         while room <= limits[0]:
             placed = _fill(sizes, [limits[0] - room, *limits[1:]])
             if placed is None:
                 break
-            fetched = [index for index, device in enumerate(placed) if device not in runs]
-            largest = max(fetched, key=lambda index: sizes[index], default=largest)
-            if not fetched or at_once * sizes[largest] <= room:
+            fetched = [0 if device in runs else size for device, size in zip(placed, sizes, strict=True)]
+            together = [size and size + sum(fetched[other] for other in around[i]) for i, size in enumerate(fetched)]
+            needed = max(together, default=0)
+            largest = together.index(needed) if needed else largest
+            if needed + (at_once - 1) * max(fetched, default=0) <= room:
                 return placed
-            room = at_once * sizes[largest]
-    if sizes[largest] > limits[0]:
+            room = needed + (at_once - 1) * max(fetched, default=0)
+    if needed > limits[0]:
         raise ConfigurationError(
             f"max_memory[{devices[0]!r}] is {in_words(limits[0])}, which cannot hold the largest part that has to run "
-            f"there, {parts[largest].names[0] or 'the model'!r} of {in_words(sizes[largest])} ({sizes[largest]} "
-            "bytes). Give it more, or name smaller no_split_classes."
+            f"there, {described(largest, parts, fetched, around)}. Give it more, or name smaller no_split_classes."
         )
     raise ConfigurationError(
         f"the model needs {in_words(sum(sizes))}, and max_memory gives "

@@ -21,7 +21,7 @@ from . import pages
 from .device_map import Kind, infer_auto_device_map
 from .hooks import Unpicklable, attach, follow, keep_in_place
 from .load import load_checkpoint_in_model, written
-from .parts import Part, parts_of
+from .parts import Part, described, parts_of, running_around
 from .places import Device, DeviceMap, check_device_map, device_of, device_that_computes, main_device, rests
 from .quantize import Quantize
 from .residency import Copies, Holding, MappedPages, Residency
@@ -244,19 +244,22 @@ def _refuse_moving(parts: Sequence[Part], places: DeviceMap, main: torch.device)
 
 
 def _budget(resting: Sequence[Part], asked: int | str | None) -> int:
+    given = None if asked is None else number_of_bytes(asked, "offload_budget")
     if not resting:
         return 0
-    largest = max(resting, key=Part.num_bytes)
-    if asked is None:
-        return 2 * largest.num_bytes()
-    budget = number_of_bytes(asked, "offload_budget")
-    if budget < largest.num_bytes():
+    sizes = [part.fetched_bytes for part in resting]
+    around = running_around(resting)
+    together = [sizes[index] + sum(sizes[other] for other in around[index]) for index in range(len(resting))]
+    most = max(range(len(resting)), key=together.__getitem__)
+    if given is None:
+        return together[most] + max(sizes)
+    if given < together[most]:
         raise ConfigurationError(
-            f"offload_budget is {in_words(budget)}, which cannot hold the largest part, "
-            f"{largest.names[0] or 'the model'!r} of {in_words(largest.num_bytes())} ({largest.num_bytes()} bytes); "
+            f"offload_budget is {in_words(given)}, which cannot hold the largest part, "
+            f"{described(most, resting, sizes, around)}; "
             "give that at least, and twice as much for the next part to be read meanwhile"
         )
-    return budget
+    return given
 
 
 def _place(
@@ -267,10 +270,11 @@ def _place(
     mappings: pages.FileMappings,
     folder: str | os.PathLike[str] | None,
 ) -> None:
+    fetched = {id(parameter) for parameter in part.fetched}
     for tensor in part.tensors:
-        is_buffer = not isinstance(tensor, nn.Parameter)  # small, and may be written to: it lies where it is used
-        if device != "disk" or is_buffer:
-            place = main if is_buffer and rests(device, main) else device_that_computes(device, main)
+        stays = id(tensor) not in fetched  # a buffer: small, and may be written to, so it lies where it is used
+        if device != "disk" or stays:
+            place = main if stays and rests(device, main) else device_that_computes(device, main)
             if tensor.device != place:
                 tensor.data = tensor.detach().to(place)
         elif tensor.nbytes and not mappings.hold(tensor.detach()):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accelerator.byte_sizes import in_words
 from strategies import blocks
 from strategies.shards import is_quantized
 
@@ -24,6 +25,20 @@ class Part:
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Bytes of the tensors, floating-point ones in `dtype`."""
         return sum(size_of(tensor, dtype) for tensor in self.tensors)
+
+    @property
+    def fetched(self) -> list[nn.Parameter]:
+        """Its parameters, which come and go where it rests."""
+        return [tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter)]
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of what comes and goes."""
+        return _bytes(self.fetched)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(size_of(tensor) for tensor in tensors)
 
 
 def size_of(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
@@ -64,6 +79,31 @@ def parts_of(
         part.tensors += {id(tensor): tensor for tensor in tensors if id(tensor) not in holder}.values()
         holder |= {id(tensor): part for tensor in tensors}
     return found
+
+
+def running_around(parts: Sequence[Part]) -> list[list[int]]:
+    """The other parts whose modules run while a part does, by index: containers with tensors of their own."""
+    parts_with: dict[int, list[int]] = {}  # a module, by its id
+    for index, part in enumerate(parts):
+        for module in part.modules:
+            parts_with.setdefault(id(module), []).append(index)
+    around: list[set[int]] = [set() for _ in parts]
+    for index, part in enumerate(parts):
+        for inner in (inner for module in part.modules for inner in module.modules()):
+            for other in parts_with.get(id(inner), ()):
+                around[other].add(index)
+    return [sorted(others - {index}) for index, others in enumerate(around)]
+
+
+def described(index: int, parts: Sequence[Part], sizes: Sequence[int], around: Sequence[Sequence[int]]) -> str:
+    """A part with its bytes, and those that run around it."""
+    words = f"{parts[index].names[0] or 'the model'!r} of {in_words(sizes[index])} ({sizes[index]} bytes)"
+    others = [other for other in around[index] if sizes[other]]
+    if others:
+        total = sizes[index] + sum(sizes[other] for other in others)
+        names = ", ".join(f"{parts[other].names[0]!r} of {in_words(sizes[other])}" for other in others)
+        words += f" together with what runs around it, {names} ({total} bytes in all)"
+    return words
 
 
 def _atoms(

@@ -41,7 +41,7 @@ class MappedPages:
     """Weights that are mapped from a file, and used where they are."""
 
     def __init__(self, part: Part, mappings: pages.FileMappings) -> None:
-        self._tensors = [tensor.detach() for tensor in part.tensors if mappings.hold(tensor)]
+        self._tensors = [tensor.detach() for tensor in part.fetched if mappings.hold(tensor)]
         self.num_bytes = sum(tensor.nbytes for tensor in self._tensors)
 
     def bring_in(self) -> None:
@@ -58,7 +58,8 @@ class MappedPages:
     def give_back(self) -> None:
         """Let the pages go, but for tensors that were written to."""
         for tensor in self._tensors:
-            pages.give_back(tensor)
+            if pages.are_in_memory(tensor):
+                pages.give_back(tensor)
 
 
 class Copies:
@@ -69,7 +70,7 @@ class Copies:
     """
 
     def __init__(self, part: Part, device: torch.device, mappings: pages.FileMappings) -> None:
-        self.parameters = [tensor for tensor in part.tensors if isinstance(tensor, torch.nn.Parameter)]
+        self.parameters = part.fetched
         self.num_bytes = sum(parameter.nbytes for parameter in self.parameters)
         self._resting = [parameter.data for parameter in self.parameters]
         self._versions = [_version(parameter) for parameter in self.parameters]
@@ -175,6 +176,9 @@ class Residency:
             if order != self._order:
                 self._order = order
                 self._turn = {index: turn for turn, index in enumerate(order)}
+            for index, holding in enumerate(self._holdings):
+                if index not in self._held:
+                    holding.give_back()  # weights may have been used past their module
 
     def enter(self, index: int, *, backward: bool = False) -> None:
         """Have a holding in memory, and keep it there until `leave`."""

@@ -174,3 +174,20 @@ def test_a_map_covers_every_name_of_what_is_shared(tmp_path: Path) -> None:
     assert set(device_map.values()) == {"cpu", "disk"}
     dispatch_model(model, device_map, offload_folder=tmp_path)
     assert torch.equal(model(x), expected)
+
+
+class Tabled(nn.Module):
+    """A parameter of the root, which is needed while blocks run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(100))
+        self.layers = nn.ModuleList(nn.Linear(10, 10, bias=False) for _ in range(4))
+
+
+def test_what_runs_around_a_block_needs_room_with_it() -> None:
+    with torch.device("meta"):
+        model = Tabled()
+    assert infer_auto_device_map(model, {"cpu": 800}) == {"table": "cpu", "layers": "disk"}
+    with pytest.raises(ConfigurationError, match=r"'layers.0' of 400 B \(400 bytes\) together .* 'table' of 400 B"):
+        infer_auto_device_map(model, {"cpu": 799})

@@ -70,7 +70,7 @@ def test_forward_from_the_disk(net: Path, budget: int | str | None) -> None:
     check_equal(model, make_net())
     assert sorted(net.iterdir()) == before  # nothing is written again
     residency = model._dispatched.residency  # type: ignore[union-attr]
-    assert residency.held_bytes <= {None: 2 * 1184, 1500: 1500, "2.5kB": 2500, "1GB": 10**9}[budget]
+    assert residency.held_bytes <= {None: 4 + 2 * 1184, 1500: 1500, "2.5kB": 2500, "1GB": 10**9}[budget]
 
 
 @pytest.mark.usefixtures("by_copies")
@@ -424,6 +424,8 @@ def test_one_process_on_a_cpu_trains_around_a_dispatched_model(net: Path) -> Non
 def test_refusals(net: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"offload_budget is 1 kB, .* 'layers.0' of 1.18 kB \(1184 bytes\)"):
         offloaded(net, offload_budget="1kB")
+    with pytest.raises(ConfigurationError, match=r"together with what runs around it, 'scale' of 4 B \(1188 bytes in"):
+        offloaded(net, offload_budget=1184)
     with init_empty_weights():
         empty = Net()
     with pytest.raises(PrepareError, match="have no numbers yet; load them first"):

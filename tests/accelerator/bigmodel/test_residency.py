@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from accelerator.bigmodel import init_empty_weights, load_checkpoint_and_dispatch
+from accelerator import Accelerator
+from accelerator.bigmodel import disk_offload, init_empty_weights, load_checkpoint_and_dispatch, pages
 from fresh_process import FreshProcesses
 
 BLOCK = 4 * (64 * 64 + 64)  # bytes
@@ -85,6 +87,49 @@ def test_forwards_of_several_threads_keep_the_budget(apart: int, tmp_path: Path)
         assert all(torch.equal(output, expected[number:](x)) for number, output in outputs.items())
     assert residency._running == [0] * 6
     assert residency.held_bytes <= BLOCK
+
+
+def num_pages(model: nn.Module) -> int:
+    """How many pages of the weights are in this process's memory."""
+    return sum(
+        bool(entry & (1 << 63))
+        for weight in model.parameters()
+        for entry in pages._entries(weight.data_ptr() // 4096 + 1, weight.nbytes // 4096 - 1) or ()
+    )
+
+
+class PastModules(nn.Module):
+    """Weights that are used without running their modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(256, 256, bias=False) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = nn.functional.linear(x, layer.weight)
+        return self.layers[0](x)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel does not tell")
+def test_weights_used_past_their_modules_are_given_back(tmp_path: Path) -> None:
+    model = PastModules()
+    disk_offload(model, tmp_path, offload_budget=2 * 4 * 256 * 256)
+    block = 4 * 256 * 256 // 4096
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.ones(1, 256))
+            assert 0 < num_pages(model) <= 2 * block
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel does not tell")
+@pytest.mark.parametrize("export", ["save_model", "get_state_dict"])
+def test_saving_gives_back_what_it_read(export: str, tmp_path: Path) -> None:
+    model = PastModules()
+    disk_offload(model, tmp_path / "offload")
+    accelerator = Accelerator("cpu")
+    accelerator.save_model(model, tmp_path / "saved") if export == "save_model" else accelerator.get_state_dict(model)
+    assert num_pages(model) == 0
 
 
 FORK = """
