@@ -272,7 +272,7 @@ def _place(
 ) -> None:
     fetched = {id(parameter) for parameter in part.fetched}
     for tensor in part.tensors:
-        stays = id(tensor) not in fetched  # a buffer: small, and may be written to, so it lies where it is used
+        stays = id(tensor) not in fetched  # a buffer or an adapter: small, and written to, so it lies where it is used
         if device != "disk" or stays:
             place = main if stays and rests(device, main) else device_that_computes(device, main)
             if tensor.device != place:

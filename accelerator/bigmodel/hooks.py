@@ -195,5 +195,6 @@ def _refuse_trained(module: nn.Module, parameters: Sequence[nn.Parameter]) -> No
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
         raise StepError(
             f"weights of {type(module).__name__} rest on another device than the one they run on, where they cannot be "
-            "trained. Run under torch.no_grad(), or freeze them (requires_grad_(False)) and train adapters."
+            "trained. Run under torch.no_grad(), or freeze them (requires_grad_(False)) and train adapters, inside the "
+            "frozen blocks or where the device map gives them a device."
         )

@@ -28,8 +28,10 @@ class Part:
 
     @property
     def fetched(self) -> list[nn.Parameter]:
-        """Its parameters, which come and go where it rests."""
-        return [tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter)]
+        """Its parameters that come and go where it rests: not the few that are trained in a part that is frozen."""
+        parameters = [tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter)]
+        frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+        return frozen if 2 * _bytes(frozen) >= _bytes(parameters) else parameters
 
     @property
     def fetched_bytes(self) -> int:

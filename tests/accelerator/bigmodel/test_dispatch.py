@@ -139,6 +139,48 @@ def test_adapters_over_copies_that_backward_fetches_again(net: Path) -> None:
     assert all(part.num_bytes <= 1500 for part in base._dispatched.residency._holdings)  # type: ignore[union-attr]
 
 
+class Lora(nn.Module):
+    """A frozen layer with something trainable beside it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.a, self.b = nn.Linear(layer.in_features, 1, bias=False), nn.Linear(1, layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.b(self.a(x))
+
+
+def train_lora(folder: Path | None, *, before: bool = True) -> list[Tensor]:
+    model = make_net(seed=5).requires_grad_(False)
+    if folder is not None and not before:
+        disk_offload(model, folder, offload_budget=1500)
+    torch.manual_seed(7)
+    for layer in model.layers:
+        layer.up, layer.down = Lora(layer.up), Lora(layer.down)
+    if folder is not None and before:
+        disk_offload(model, folder, offload_budget=1500)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    for seed in range(4):
+        model(torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*trained, *model.parameters()]
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_adapters_inside_blocks_on_the_disk(
+    tmp_path: Path, before: bool, copies: bool, request: pytest.FixtureRequest
+) -> None:
+    if copies:
+        request.getfixturevalue("by_copies")
+    expected = train_lora(None)
+    assert all(map(torch.equal, train_lora(tmp_path, before=before), expected))
+    assert not list(tmp_path.glob("*.[ab].weight*"))
+
+
 @pytest.mark.usefixtures("by_copies")
 def test_copies_are_not_trained(net: Path) -> None:
     model = offloaded(net)
