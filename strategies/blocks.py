@@ -117,7 +117,9 @@ def refuse_writes(model: nn.Module) -> None:
             )
 
 
-def by_class(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
+def by_class(
+    model: nn.Module, names: Sequence[str], setting: str = "transformer_layer_cls"
+) -> list[tuple[str, nn.Module]]:
     """The modules of these classes. Raises `PrepareError` for a class that the model has none of."""
     found = [(name, module) for name, module in _candidates(model) if _is_one_of(module, names)]
     for name in names:
@@ -125,7 +127,7 @@ def by_class(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Modul
             classes = Counter(type(module).__name__ for _, module in _candidates(model))
             listed = ", ".join(f"{cls} ({count})" for cls, count in classes.most_common(12))
             raise PrepareError(
-                f"transformer_layer_cls names {name!r}, but {type(model).__name__} has no module of that class; "
+                f"{setting} names {name!r}, but {type(model).__name__} has no module of that class; "
                 f"expected one of {listed}."
             )
     return found

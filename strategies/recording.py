@@ -160,6 +160,12 @@ class Recording:
         place = Place.of(tensor)
         calls = self._needed_for({place.memory})
         if any(_is_seeded(call.function) for call in calls):
+            if self.empty:
+                raise PrepareError(
+                    "the model's constructor looks at a number of a weight (.item(), bool(), tolist()), and in this "
+                    "block (init_empty_weights(), or init_module() with empty weights) weights have none before they "
+                    "are loaded. Build this model outside of it."
+                )
             raise PrepareError(
                 "the model's constructor looks at a random number of a tensor (.item(), bool(), tolist()), which "
                 "inside init_module() is only drawn by prepare(). Build this model outside init_module()."

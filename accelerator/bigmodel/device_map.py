@@ -13,7 +13,7 @@ from torch import nn
 from accelerator.byte_sizes import in_words, number_of_bytes
 from strategies.errors import ConfigurationError
 
-from .parts import Part, described, parts_of, running_around
+from .parts import Classes, Part, check_dtype, described, parts_of, running_around
 from .places import Device, DeviceMap, device_of
 from .quantize import Quantize, loaded_size, ways_of
 
@@ -26,7 +26,7 @@ _SHARE = 0.9  # of the free memory of a device, unless told
 def infer_auto_device_map(
     model: nn.Module,
     max_memory: Mapping[Device, int | str] | None = None,
-    no_split_classes: Sequence[str] | None = None,
+    no_split_classes: Classes | None = None,
     dtype: torch.dtype | None = None,
     *,
     kind: Kind = "auto",
@@ -50,6 +50,7 @@ def infer_auto_device_map(
         raise ConfigurationError(
             f"device_map is {kind!r}; expected one of {', '.join(map(repr, _KINDS))}, or a mapping"
         )
+    check_dtype(dtype)
     parts = parts_of(model, no_split_classes)
     ways = ways_of(model, quantize, None, dtype)
     sizes = [sum(loaded_size(tensor, ways.get(id(tensor)), dtype) for tensor in part.tensors) for part in parts]
@@ -72,8 +73,10 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> dict
             index: int(_SHARE * _free(index)) for index in range(torch.accelerator.device_count())
         }
         return {**found, "cpu": int(_SHARE * _free_on_host()), "disk": _UNLIMITED}
+    if not isinstance(max_memory, Mapping):
+        raise ConfigurationError(f"max_memory is {max_memory!r}; expected a mapping, such as {{'cpu': '10GB'}}")
     given = {device: number_of_bytes(size, f"max_memory[{device!r}]") for device, size in max_memory.items()}
-    strange = [device for device in given if device not in ("cpu", "disk") and not isinstance(device, int)]
+    strange = [device for device in given if device not in ("cpu", "disk") and not _is_index(device)]
     if strange:
         raise ConfigurationError(
             f"max_memory names {strange[0]!r}; expected the indices of accelerators, 'cpu' and 'disk'"
@@ -85,6 +88,10 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> dict
             "max_memory names no device that can compute; expected an accelerator's index or 'cpu'"
         )
     return {device: given.get(device, _UNLIMITED) for device in ordered}
+
+
+def _is_index(device: Device) -> bool:
+    return isinstance(device, int) and not isinstance(device, bool) and device >= 0
 
 
 def _free(index: int) -> int:

@@ -21,7 +21,7 @@ from . import pages
 from .device_map import Kind, infer_auto_device_map
 from .hooks import Unpicklable, attach, follow, keep_in_place
 from .load import load_checkpoint_in_model, written
-from .parts import Part, described, parts_of, running_around
+from .parts import Classes, Part, described, parts_of, running_around
 from .places import Device, DeviceMap, check_device_map, device_of, device_that_computes, main_device, rests
 from .quantize import Quantize
 from .residency import Copies, Holding, MappedPages, Residency
@@ -44,7 +44,7 @@ def dispatch_model(
     main_device: torch.device | str | int | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     offload_budget: int | str | None = None,
-    no_split_classes: Sequence[str] | None = None,
+    no_split_classes: Classes | None = None,
 ) -> nn.Module:
     """Put the weights of `model` where `device_map` says, and have it run from there; return `model` itself.
 
@@ -93,7 +93,7 @@ def load_checkpoint_and_dispatch(
     device_map: DeviceMap | Kind = "auto",
     *,
     max_memory: Mapping[Device, int | str] | None = None,
-    no_split_classes: Sequence[str] | None = None,
+    no_split_classes: Classes | None = None,
     dtype: torch.dtype | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     offload_budget: int | str | None = None,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from accelerator.byte_sizes import in_words
 from accelerator.saved_weights import SavedWeights
-from strategies.errors import ConfigurationError
+from strategies.errors import AcceleratorError, ConfigurationError
 
 from .build import init_empty_weights
 from .files import tensors_of
@@ -106,8 +106,16 @@ def _of_module(target: str) -> Size:
         raise ConfigurationError(f"MODEL is {target!r}, which cannot be imported: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
-    with init_empty_weights(include_buffers=True):
-        model = function() if callable(function) else function
+    try:
+        with init_empty_weights(include_buffers=True):
+            model = function() if callable(function) else function
+    except AcceleratorError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(
+            f"MODEL is {target!r}, which raised {type(error).__name__}: {error}. It is called without arguments, and "
+            "returns an nn.Module."
+        ) from error
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"MODEL is {target!r}, which gives a {type(model).__name__}; expected an nn.Module")
     blocks = {part.names[0]: sum(tensor.numel() for tensor in part.tensors) for part in parts_of(model)}

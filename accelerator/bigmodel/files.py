@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -88,7 +89,7 @@ def _of_index(index: Path) -> dict[str, Tensor]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StateError(f"the index {str(index)!r} cannot be read: {error!r}; expected a 'weight_map'") from error
     files = sorted({file for _, file in pairs})
     outside = [file for file in files if _leads_elsewhere(file)]
@@ -138,16 +139,23 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise StateError(
-            f"{str(path)!r} holds more than tensors, and was not read, since reading it could run its code: "
-            f"{_first_line(error)}. If you wrote it yourself, save model.state_dict() instead."
+            f"{str(path)!r} holds more than tensors{_named(error)}, and was not read, since reading it could run its "
+            "code. If you wrote it yourself, save model.state_dict() instead."
         ) from error
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
+    # A damaged pickle takes torch's reader anywhere.
+    except (OSError, ValueError, RuntimeError, EOFError, LookupError, AttributeError, TypeError) as error:
         hint = (
             "written by torch < 1.6: load it once without mmap and torch.save() it again"
             if _is_old(path)
             else ("expected a file of torch.save(); fetch it again")
         )
         raise StateError(f"{str(path)!r} cannot be mapped: {_first_line(error)} ({hint})") from error
+
+
+def _named(error: Exception) -> str:
+    """What a pickle asks for, in torch's words, without its advice to trust it."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f" ({found[1]})" if found else ", or is damaged"
 
 
 def _first_line(error: Exception) -> str:

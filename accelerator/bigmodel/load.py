@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from accelerator.fit import differing_ties, misfit
+from accelerator.fit import differing_ties, hint_at_names, misfit
 from accelerator.saved_weights import SavedWeights
 from strategies.deferred_init import EMPTY
-from strategies.errors import StateError, listed
+from strategies.errors import ConfigurationError, StateError, listed
 from strategies.shards import copy_whole, is_quantized
 
 from . import pages
 from .build import fill_buffers
 from .files import of_safetensors, tensors_of
+from .parts import check_dtype
 from .places import Device, DeviceMap, check_device_map, device_of
 from .quantize import Quantize, quantized, ways_of
 
@@ -94,6 +95,7 @@ def load_checkpoint_in_model(
     model cannot hold (integers that would wrap, floats that would become infinite); and for two names of one tied
     weight with different numbers. With `strict=False` missing and unexpected ones are returned instead.
     """
+    check_dtype(dtype)
     slots = _slots(model)
     if device_map is not None:
         check_device_map(model, device_map)
@@ -130,6 +132,10 @@ def load_checkpoint_in_model(
 def _tensors(checkpoint: str | os.PathLike[str] | Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
     if isinstance(checkpoint, str | os.PathLike):
         return tensors_of(checkpoint, type(model).__name__)
+    if not isinstance(checkpoint, Mapping):
+        raise ConfigurationError(
+            f"checkpoint is {checkpoint!r}; expected the path of a file or folder, or tensors by name"
+        )
     return dict(checkpoint)
 
 
@@ -204,6 +210,7 @@ def _check(
         ]
         tie = None if of_slot else differing_ties(slot.names, found)
         wrong += [*of_slot, *([tie] if tie else [])]
+    both = missing and unexpected  # then they rather have other names
     problems = [f"of another shape or kind, or different: {'; '.join(wrong[:20])}"] if wrong else []
     if strict or wrong:
         problems += [f"missing: {listed(missing)}"] if missing else []
@@ -211,7 +218,8 @@ def _check(
     if problems:
         raise StateError(
             f"{where!r} does not fit {type(model).__name__}, and nothing was loaded: {'. '.join(problems)}."
-            + (" strict=False leaves out what is missing or unexpected." if strict and not wrong else "")
+            + hint_at_names(model, missing, unexpected, known, found)
+            + (" strict=False leaves out what is missing or unexpected." if strict and not wrong and not both else "")
         )
     return IncompatibleKeys(missing, unexpected)
 
@@ -333,6 +341,7 @@ def written(tensor: Tensor, name: str, folder: str | os.PathLike[str] | None) ->
     The file ends in `.offload`, so that it never takes the place of a checkpoint's file, nor is read as one. What is
     mapped is what this process wrote, even if another one writes the same name.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if folder is None:
@@ -348,7 +357,7 @@ def written(tensor: Tensor, name: str, folder: str | os.PathLike[str] | None) ->
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter for a full disk
         raise StateError(f"{name} could not be written to {str(path)!r}: {error}") from error
     return mapped
 

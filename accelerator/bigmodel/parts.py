@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from accelerator.byte_sizes import in_words
 from strategies import blocks
+from strategies.errors import ConfigurationError
 from strategies.shards import is_quantized
+
+Classes = str | type[nn.Module] | Sequence[str | type[nn.Module]]  # of modules that stay whole, or their names
 
 
 @dataclass(eq=False)
@@ -51,15 +54,26 @@ def size_of(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     return tensor.numel() * (dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype).itemsize
 
 
-def parts_of(
-    model: nn.Module, no_split_classes: Sequence[str] | None = None, named: Collection[str] = ()
-) -> list[Part]:
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise `ConfigurationError` if this is no dtype for weights."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigurationError(
+            f"dtype is {dtype!r}; expected a floating-point one, such as torch.bfloat16 (in 8 or 4 bits: quantize=)"
+        )
+
+
+def parts_of(model: nn.Module, no_split_classes: Classes | None = None, named: Collection[str] = ()) -> list[Part]:
     """The parts of `model` in the order in which they are defined; every parameter and buffer is in exactly one.
 
     Modules of `no_split_classes` are kept whole (`None`: the blocks that a model of transformers declares, else its
     repeated ones), but for those inside which `named` names something. Parts that share a tensor are one.
     """
-    chosen = blocks.automatic(model) if no_split_classes is None else blocks.by_class(model, no_split_classes)
+    if no_split_classes is None:
+        chosen = blocks.automatic(model)
+    else:
+        classes = [no_split_classes] if isinstance(no_split_classes, str | type) else no_split_classes
+        names = [one.__name__ if isinstance(one, type) else one for one in classes]
+        chosen = blocks.by_class(model, names, "no_split_classes")
     whole = {id(module) for _, module in chosen}
     above = {name[:end] for name in named for end, letter in enumerate(name) if letter == "."}
     found: list[Part] = []

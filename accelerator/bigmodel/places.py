@@ -40,8 +40,11 @@ def rests(device: Device, main: torch.device) -> bool:
 
 def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
     """Raise `ConfigurationError` if a device map names what is not in the model, or leaves something of it out."""
-    tensors = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    tensors += [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    if not isinstance(device_map, Mapping) or not all(isinstance(name, str) for name in device_map):
+        raise ConfigurationError(
+            f"device_map is {device_map!r}; expected a mapping from names of modules to devices, such as {{'': 'disk'}}"
+        )
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     known = {name for name, _ in model.named_modules(remove_duplicate=False)} | set(tensors)
     problems = []
     for name in device_map:
@@ -50,7 +53,10 @@ def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
             problems.append(f"{name!r} is not in it" + (f".{near}" if near else ""))
     left_out = [name for name in tensors if not _is_covered(name, device_map)]
     if left_out:
-        problems.append(f"nothing says where {listed(left_out)} should be")
+        covered = {id(tensor): name for name, tensor in tensors.items() if name not in left_out}
+        ties = [f"{name} is {covered[id(tensors[name])]}" for name in left_out if id(tensors[name]) in covered]
+        tied = f" ({listed(ties)}: give tied weights the same place under all their names)" if ties else ""
+        problems.append(f"nothing says where {listed(left_out)} should be{tied}")
     problems += [problem for device in dict.fromkeys(device_map.values()) if (problem := _problem(device))]
     if problems:
         raise ConfigurationError(f"device_map does not fit {type(model).__name__}: {'; '.join(problems)}")

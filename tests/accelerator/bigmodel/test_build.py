@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from accelerator.bigmodel import init_empty_weights, init_on_device, load_checkpoint_in_model
-from strategies.errors import StateError
+from strategies.errors import PrepareError, StateError
 
 
 class Odd(nn.Module):
@@ -126,3 +126,11 @@ def test_buffers_that_nothing_can_fill_are_named() -> None:
         model = Containers(noise=True)
     with pytest.raises(StateError, match=r"noise, norm of Containers .* random, or made of weights.*persistent=True"):
         load_checkpoint_in_model(model, Containers().state_dict())
+
+
+def test_a_constructor_that_looks_at_its_weights() -> None:
+    with (
+        pytest.raises(PrepareError, match=r"looks at a number of a weight .* \(init_empty_weights\(\), or init_module"),
+        init_empty_weights(),
+    ):
+        nn.Linear(2, 2).weight.std().item()

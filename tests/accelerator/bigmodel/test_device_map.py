@@ -19,8 +19,8 @@ from accelerator.bigmodel import (
 )
 from accelerator.bigmodel.parts import parts_of
 from accelerator.bigmodel.places import device_of
-from blocks_net import Net
-from strategies.errors import ConfigurationError
+from blocks_net import Block, Net, make_net
+from strategies.errors import ConfigurationError, PrepareError
 
 ORDER = [0, 1, 2, "cpu", "disk"]
 
@@ -133,6 +133,9 @@ def test_the_table() -> None:
         ({"cpu": 1300, "disk": 10}, "auto", "the model needs 3.82 kB, and max_memory gives 1.3 kB on 'cpu'"),
         ({"cpu": "much"}, "auto", r"max_memory\['cpu'\] is 'much'; expected a number of bytes"),
         ({"gpu": 1}, "auto", "max_memory names 'gpu'; expected the indices of accelerators"),
+        ({True: 1, "cpu": 1}, "auto", "max_memory names True; expected the indices of accelerators"),
+        ({-1: 1, "cpu": 1}, "auto", "max_memory names -1; expected the indices of accelerators"),
+        ("1GB", "auto", "max_memory is '1GB'; expected a mapping"),
         ({"disk": 1}, "auto", "names no device that can compute"),
         (None, "best", "device_map is 'best'; expected one of 'auto'"),
     ],
@@ -142,6 +145,16 @@ def test_what_cannot_be(max_memory: dict[int | str, int | str] | None, kind: str
         model = Net()
     with pytest.raises(ConfigurationError, match=message):
         infer_auto_device_map(model, max_memory, kind=kind)  # type: ignore[arg-type]
+
+
+def test_classes_that_stay_whole_by_name_or_themselves() -> None:
+    maps = [
+        infer_auto_device_map(make_net(), {"cpu": "2.6kB"}, classes)
+        for classes in (None, ["Block"], "Block", Block, [Block])
+    ]
+    assert all(one == maps[0] for one in maps)
+    with pytest.raises(PrepareError, match=r"no_split_classes names 'Blok', .* expected one of .*Block \(3\)"):
+        infer_auto_device_map(make_net(), {"cpu": "2.6kB"}, ["Blok"])
 
 
 def test_the_memory_of_this_machine() -> None:

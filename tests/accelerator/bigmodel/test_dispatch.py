@@ -311,6 +311,30 @@ def test_an_offload_folder_never_changes_a_checkpoint(tmp_path: Path) -> None:
     check_equal(offloaded(tmp_path), make_net())
 
 
+FULL = """
+import resource, signal, sys, torch
+from accelerator.bigmodel import disk_offload
+from strategies.errors import StateError
+
+model = torch.nn.Linear(64, 64)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))  # fails in the same place as a full disk
+try:
+    disk_offload(model, sys.argv[1])
+except StateError as error:
+    assert "weight could not be written to" in str(error), error
+    model(torch.ones(64)).sum().item()
+else:
+    raise AssertionError("nothing was raised")
+"""
+
+
+def test_a_full_disk(fresh: FreshProcesses, tmp_path: Path) -> None:
+    (finished,) = fresh(FULL, str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def offload_often(folder: str, times: int) -> None:
     for _ in range(times):
         with init_empty_weights():
@@ -468,6 +492,8 @@ def test_refusals(net: Path) -> None:
         offloaded(net, offload_budget="1kB")
     with pytest.raises(ConfigurationError, match=r"together with what runs around it, 'scale' of 4 B \(1188 bytes in"):
         offloaded(net, offload_budget=1184)
+    with pytest.raises(ConfigurationError, match="offload_budget is 'banana'"):
+        dispatch_model(make_net(), {"": "cpu"}, offload_budget="banana")
     with init_empty_weights():
         empty = Net()
     with pytest.raises(PrepareError, match="have no numbers yet; load them first"):

@@ -26,6 +26,12 @@ class Huge(nn.Module):
         self.head.weight = self.embed.weight
 
 number = 3
+
+def sized(width):
+    return nn.Linear(width, width)
+
+def failing():
+    raise ValueError("no such size")
 """
 
 
@@ -109,6 +115,11 @@ def test_fsdp_holds_a_share_and_two_blocks(tmp_path: Path) -> None:
         (["huge_models:Hug"], "cannot be imported: module 'huge_models' has no attribute 'Hug'"),
         (["no_such_models:Huge"], "cannot be imported: No module named 'no_such_models'"),
         (["huge_models:number"], "gives a int; expected an nn.Module"),
+        (
+            ["huge_models:sized"],
+            "raised TypeError: sized() missing 1 required positional argument: 'width'. It is called",
+        ),
+        (["huge_models:failing"], "raised ValueError: no such size. It is called without arguments"),
         (["huge_models:Huge", "--optimizer", "magic"], "invalid choice: 'magic'"),
         (["huge_models:Huge", "--ranks", "0"], "ranks is '0'; expected an integer >= 1"),
     ],
