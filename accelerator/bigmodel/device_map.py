@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 from accelerator.byte_sizes import in_words, number_of_bytes
 from strategies.errors import ConfigurationError
 
+from .host_memory import free_on_host
 from .parts import Classes, Part, check_dtype, described, parts_of, running_around
 from .places import Device, DeviceMap, device_of
 from .quantize import Quantize, loaded_size, ways_of
@@ -72,7 +71,7 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> dict
         found: dict[Device, int] = {
             index: int(_SHARE * _free(index)) for index in range(torch.accelerator.device_count())
         }
-        return {**found, "cpu": int(_SHARE * _free_on_host()), "disk": _UNLIMITED}
+        return {**found, "cpu": int(_SHARE * free_on_host()), "disk": _UNLIMITED}
     if not isinstance(max_memory, Mapping):
         raise ConfigurationError(f"max_memory is {max_memory!r}; expected a mapping, such as {{'cpu': '10GB'}}")
     given = {device: number_of_bytes(size, f"max_memory[{device!r}]") for device, size in max_memory.items()}
@@ -96,22 +95,6 @@ def _is_index(device: Device) -> bool:
 
 def _free(index: int) -> int:
     return int(torch.get_device_module().mem_get_info(index)[0])
-
-
-def _free_on_host() -> int:
-    """What the machine can give away, within the limit of this process's control group."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        return free if limit == "max" else min(free, int(limit) - used)
-    except (OSError, ValueError):
-        return free
 
 
 def _fill(sizes: Sequence[int], limits: Sequence[int]) -> list[int] | None:
