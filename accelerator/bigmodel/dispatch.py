@@ -50,14 +50,14 @@ def dispatch_model(
 
     What is on `"disk"`, or on `"cpu"` beside accelerators, is fetched to `main_device` (the first accelerator of the
     map, else the CPU) when its part runs, the next parts while this one computes, at most `offload_budget` bytes of it
-    at a time (default: twice the largest part). Weights on the disk that are mapped from a file already stay in that
-    file; others are written to `offload_folder`. Inputs follow the weights, outputs come back to the device of the
-    inputs. Backward fetches again. Parts are modules of `no_split_classes`, and what is outside of those; as for
-    `infer_auto_device_map`. `remove_dispatch` undoes it.
+    at a time (default: the largest part, with what runs around it, and one more). Weights on the disk that are mapped
+    from a file already stay in that file; others are written to `offload_folder`. Inputs follow the weights, outputs
+    come back to the device of the inputs. Backward fetches again. Parts are modules of `no_split_classes`, and what is
+    outside of those; as for `infer_auto_device_map`. `remove_dispatch` undoes it; until then `.to()` raises.
 
     Not a collective: every process dispatches its own. Raises `ConfigurationError` if the map does not fit the model or
-    the budget not its largest part, `PrepareError` for a model that is dispatched or on the meta device, and
-    `StateError` if weights cannot be written.
+    the budget not its largest part and what runs around it, `PrepareError` for a model that is dispatched or on the
+    meta device, and `StateError` if weights cannot be written.
     """
     check_device_map(model, device_map)
     _refuse(model)

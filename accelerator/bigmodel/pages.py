@@ -96,6 +96,8 @@ def _advise(start: int, end: int, advice: int) -> bool:
 def are_in_memory(tensor: Tensor) -> bool:
     """Whether the pages of a mapped tensor are, judged by one in the middle, which takes no time."""
     start, end = _span(tensor)
+    if end - start < 2 * _PAGE:
+        return False  # it may have no whole page, and nothing would be given back
     entries = _entries((start + end) // 2 // _PAGE, 1)
     return entries is None or bool(entries[0] & _PRESENT)
 

@@ -88,7 +88,7 @@ class Copies:
             self._copies = [tensor.clone() for tensor in self._resting]
             return
         with self._stream:
-            pinned = [tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in self._resting]
+            pinned = [tensor.pin_memory() if _is_pageable(tensor) else tensor for tensor in self._resting]
             self._copies = [tensor.to(self._device, non_blocking=True) for tensor in pinned]
             for tensor in self._mapped:
                 pages.give_back(tensor)  # they are in pinned memory
@@ -124,12 +124,17 @@ class Copies:
         self._copies = []
 
 
+def _is_pageable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not tensor.is_pinned()
+
+
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # counts the writes, not those through `.data`
 
 
 def _shows(parameter: Tensor, tensor: Tensor, version: int) -> bool:
-    return parameter.dtype == tensor.dtype and parameter.is_set_to(tensor) and _version(parameter) == version
+    is_alike = (parameter.dtype, parameter.device) == (tensor.dtype, tensor.device)
+    return is_alike and parameter.is_set_to(tensor) and _version(parameter) == version
 
 
 class Residency:
@@ -166,11 +171,11 @@ class Residency:
 
     def begin(self) -> None:
         """The model starts to run: note the order from here on."""
+        self._start_in_child()
         self._seen = {}
 
     def end(self) -> None:
         """The model ran: expect the same order next time."""
-        self._start_in_child()
         with self._lock:
             order = [*self._seen, *(index for index in self._order if index not in self._seen)]
             if order != self._order:

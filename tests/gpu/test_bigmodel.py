@@ -82,6 +82,30 @@ def test_weights_that_rest_elsewhere_are_not_trained() -> None:
     check_equal(model)
 
 
+@pytest.mark.parametrize("budget", [1500, "1GB"])
+def test_what_is_written_at_rest_runs_next(net: Path, budget: int | str) -> None:
+    with init_empty_weights():
+        model = Net()
+    load_checkpoint_and_dispatch(model, net, {"": 0, "layers": "disk"}, offload_budget=budget)
+    check_equal(model)
+    for seed in (4, 3):
+        model.load_state_dict(make_net(seed).state_dict())
+    check_equal(model)
+    assert {parameter.device.type for parameter in model.layers.parameters()} == {"cpu"}
+
+
+def test_few_trained_weights_of_a_frozen_block_stay_on_the_device() -> None:
+    model = make_net().requires_grad_(False)
+    model.layers[1].down.bias.requires_grad_(True)
+    cpu_offload(model)
+    model(torch.ones(2, 5)).sum().backward()
+    assert model.layers[1].down.bias.device == device()
+    assert model.layers[1].down.weight.device.type == "cpu"
+    plain = make_net()
+    plain(torch.ones(2, 5)).sum().backward()
+    torch.testing.assert_close(model.layers[1].down.bias.grad.cpu(), plain.layers[1].down.bias.grad)
+
+
 def test_memory_on_the_device_stays_within_the_budget(tmp_path: Path) -> None:
     model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024, bias=False) for _ in range(16)])
     before = torch.accelerator.memory_allocated()
