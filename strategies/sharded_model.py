@@ -33,14 +33,39 @@ def settle(model: nn.Module, blocks: Sequence[nn.Module], *, forward: int, backw
         if backward > 1:  # 1 is what torch does by itself
             before = blocks[max(0, index - backward) : index][::-1]
             block.set_modules_to_backward_prefetch(before)  # type: ignore[operator]
-    model.register_forward_pre_hook(_refuse_replaced, prepend=True)
-    model.register_forward_hook(_reshard_without_backward)
+    gathered = _Gathered(_groups(model))
+    model.register_forward_pre_hook(gathered.before_forward, prepend=True)
+    model.register_forward_hook(gathered.after_forward)
 
 
-def _refuse_replaced(model: nn.Module, inputs: Any) -> None:
-    """Raise `StepError` for a parameter that was put in the place of a sharded one, which would undo it in silence."""
-    for module in _sharded_modules(model):
-        for group in _groups(module):
+class _Gathered:
+    """What a forward left gathered for its backward, and whether the parts were written to since."""
+
+    def __init__(self, groups: Sequence[Any]) -> None:
+        self._groups = groups
+        self._versions: dict[int, int] = {}  # by the place of a group: how often its parts had been written to
+
+    def before_forward(self, model: nn.Module, inputs: Any) -> None:
+        """Have it gather anew what was written to by hand since, and refuse what was replaced."""
+        self._refuse_replaced()
+        for index, group in enumerate(self._groups):
+            if not group.is_sharded and self._versions.get(index) != _version(group):
+                _release(group)
+
+    def after_forward(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
+        """Release what no backward will: else `parameters()` are not those that the optimizer holds."""
+        recorded = torch.is_grad_enabled() and any(
+            getattr(leaf, "requires_grad", False) for leaf in iterate_leaves(outputs)
+        )
+        for index, group in enumerate(self._groups):
+            if not recorded:
+                _release(group)
+            elif not group.is_sharded:
+                self._versions[index] = _version(group)
+
+    def _refuse_replaced(self) -> None:
+        """Raise `StepError` for a parameter in the place of a sharded one, which would undo it in silence."""
+        for group in self._groups:
             for known in group.fsdp_params:
                 place = known._module_info
                 found = place.module._parameters.get(place.param_name)
@@ -54,6 +79,11 @@ def _refuse_replaced(model: nn.Module, inputs: Any) -> None:
                     )
 
 
+def _version(group: Any) -> int:
+    """How often the parts of a group were written to in place; `.data` and optimizers do not count."""
+    return sum(known.sharded_param._version + known.sharded_param._local_tensor._version for known in group.fsdp_params)
+
+
 def discard(model: nn.Module) -> None:
     """Bring `model` back from an exception in its forward or backward, without what its open window had summed.
 
@@ -65,12 +95,11 @@ def discard(model: nn.Module) -> None:
             "Let the exception end the job, or use torch 2.13."
         )
     model.reset_iter_state()  # type: ignore[operator]
-    for module in _sharded_modules(model):
-        for group in _groups(module):
-            for parameter in group.fsdp_params:  # where it keeps, until they are reduced, gradients that are not cut
-                parameter.unsharded_accumulated_grad = None
-                if hasattr(parameter, "_unsharded_param"):
-                    parameter._unsharded_param.grad = None
+    for group in _groups(model):
+        for parameter in group.fsdp_params:  # where it keeps, until they are reduced, gradients that are not cut
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
 
 
 def held_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -114,10 +143,9 @@ def set_averaged(model: nn.Module, gradients: Mapping[str, Tensor], world: World
 def _named(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """What `fully_shard` knows of each sharded parameter, with its name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for module in _sharded_modules(model):
-        for group in _groups(module):
-            for known in group.fsdp_params:
-                yield names[id(known.sharded_param)], known
+    for group in _groups(model):
+        for known in group.fsdp_params:
+            yield names[id(known.sharded_param)], known
 
 
 def return_no_views(model: nn.Module, inputs: Any, outputs: Any) -> Any:
@@ -138,42 +166,38 @@ def return_no_views(model: nn.Module, inputs: Any, outputs: Any) -> Any:
     return map_tensors(lambda tensor: tensor.clone() if is_view(tensor) else tensor, outputs)
 
 
-def _reshard_without_backward(model: nn.Module, inputs: Any, outputs: Any) -> None:
-    """Release what no backward will: else `parameters()` are not those that the optimizer holds."""
-    if not (torch.is_grad_enabled() and any(getattr(leaf, "requires_grad", False) for leaf in iterate_leaves(outputs))):
-        for module in _sharded_modules(model):
-            module.reshard()
-
-
 def release_gathered(model: nn.Module) -> None:
-    """Release what an aborted forward left gathered, so that the next one gathers what the parts hold then.
+    """Release what a forward without backward left gathered, so that the next one gathers what the parts hold then.
 
     Gradients of an open window stay. Between a forward and its backward it is not to be called.
     """
-    for module in _sharded_modules(model):
-        for group in _groups(module):
-            if group._all_gather_result is not None:  # gathered ahead, for a block that was never reached
-                group.wait_for_unshard()
-            group._to_sharded()  # its reshard() leaves a group that was inside a forward as it is
+    for group in _groups(model):
+        _release(group)
 
 
-def _groups(module: Any) -> list[Any]:
-    """The groups of parameters that `fully_shard` made of one module; torch 2.9 has one or none."""
-    state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+def _release(group: Any) -> None:
+    if group._all_gather_result is not None:  # gathered ahead, for a block that was never reached
+        group.wait_for_unshard()
+    group._to_sharded()  # its reshard() leaves a group that was inside a forward as it is
 
 
-def _sharded_modules(model: nn.Module) -> list[Any]:
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+def _groups(model: Any) -> list[Any]:
+    """The groups of parameters that `fully_shard` made of a settled model; torch 2.9 has one or none of a module."""
+    groups: list[Any] = []
+    for state in model._get_fsdp_state()._state_ctx.all_states:
+        if hasattr(state, "_fsdp_param_groups"):
+            groups += state._fsdp_param_groups
+        elif state._fsdp_param_group is not None:
+            groups.append(state._fsdp_param_group)
+    return groups
 
 
 def refuse_sharded(model: nn.Module) -> None:
     """Raise `PrepareError` for a model that was sharded before, by whomever: it cannot be cut again."""
-    if _sharded_modules(model) or any(is_sharded(parameter) for parameter in model.parameters()):
+    from torch.distributed.fsdp import FSDPModule
+
+    cut = any(isinstance(module, FSDPModule) for module in model.modules())
+    if cut or any(is_sharded(parameter) for parameter in model.parameters()):
         raise PrepareError(
             f"{class_name(model)} is sharded already: fully_shard changes a model in place. Build it again for another "
             "prepare()."

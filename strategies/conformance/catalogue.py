@@ -12,6 +12,7 @@ from .rules.beginnings import exceptions_leave_nothing, init_context_keeps_numbe
 from .rules.exchange import communication_at_close, no_communication_in_open_window
 from .rules.gradients import (
     clip_norm,
+    forward_before_step,
     gradient_full_window,
     gradient_ghost_rank,
     gradient_short_window,
@@ -37,6 +38,7 @@ _IN_ORDER = (
     gradient_ghost_rank,
     gradient_weighted,
     clip_norm,
+    forward_before_step,
     two_models,
     replicas_agree,
     init_context_keeps_numbers,

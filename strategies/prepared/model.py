@@ -106,7 +106,7 @@ class ModelLink:
             return self.original.load_state_dict(state, strict)
 
     def release_gathered(self) -> None:
-        """Have the next forward gather parameters anew, because their parts are written by hand."""
+        """Have the next forward gather parameters anew, because their parts are about to be written to."""
         if self._sharded:
             release_gathered(self.original)
 

@@ -107,6 +107,8 @@ class OptimizerLink:
         window.stepped.add(self)
         for observer in accumulation.observers:
             observer.update_begun(self)
+        for model in self.models:
+            model.release_gathered()
         if window.scaler is None:
             self.original.step()
         elif not window.scaler.step(self.original):

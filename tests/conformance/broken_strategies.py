@@ -288,6 +288,36 @@ class ReducesInTheOptimizer(ByHand):
         pass
 
 
+class Casting(nn.Module):
+    """Computes with copies that a forward makes and the backward after it drops."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.copies: dict[str, Tensor] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.copies = self.copies or {name: tensor.clone() for name, tensor in self.model.named_parameters()}
+        output = torch.func.functional_call(self.model, self.copies, args, kwargs)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self.copies.clear())
+        else:
+            self.copies = {}
+        return output
+
+
+@dataclass(frozen=True)
+class DropsCopiesInBackward(CPU):
+    """Copies of the weights outlive the step where a forward had no backward."""
+
+    def wrap(self, model: nn.Module, world: World, precision: Precision) -> nn.Module:
+        return Casting(model)
+
+    def unwrap(self, wrapped: nn.Module) -> nn.Module:
+        assert isinstance(wrapped, Casting)
+        return wrapped.model
+
+
 @dataclass(frozen=True)
 class KnowsOneModel(ByHand):
     """Remembers the model that was wrapped last, and reduces that one."""

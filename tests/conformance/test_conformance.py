@@ -105,6 +105,7 @@ BROKEN = [
     ("gradient_ghost_rank", broken.LeavesOutIdleRanks, 2, "is 2 times that"),
     ("gradient_weighted", broken.NarrowsIntegers, 1, "away from that"),
     ("clip_norm", broken.ReducesInTheOptimizer, 2, "clipping returned the norm"),
+    ("forward_before_step", broken.DropsCopiesInBackward, 1, "in the window that ends with micro-batch 4"),
     ("two_models", broken.KnowsOneModel, 2, "for the generator of a GAN"),
     ("replicas_agree", broken.NeverBroadcasts, 2, "initialised differently"),
     (

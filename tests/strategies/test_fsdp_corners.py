@@ -132,6 +132,54 @@ def test_a_scalar_that_no_rank_uses_has_no_gradient(ranks: RankPool) -> None:
     assert ranks(train_heads, False, nproc=2) == [torch.tensor(2.0)] * 2
 
 
+def extra_forwards(strategy: FSDP, when: str) -> list[list[float]]:
+    """Losses with a forward beside them whose gradient nobody asks for, and without."""
+    results = []
+    for extra in (True, False):
+        accelerator = Accelerator(strategy, gradient_accumulation_steps=2)
+        model, optimizer = accelerator.prepare(net := make_net(), torch.optim.SGD(net.parameters(), lr=0.1))
+        losses = []
+        for _ in range(6):
+            with accelerator.accumulate(model):
+                loss = (model(torch.ones(2, 5)) ** 2).mean()
+                accelerator.backward(loss)
+                _ = extra and when == "before clipping" and model(torch.ones(2, 5))
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                _ = extra and when == "before step" and model(torch.ones(2, 5))
+                optimizer.step()
+                _ = extra and when == "after step" and model(torch.ones(2, 5))
+                optimizer.zero_grad()
+            _ = extra and when == "after the window" and model.eval()(torch.ones(2, 5))
+            model.train()
+            losses.append(loss.item())
+        accelerator.end_training()
+        results.append(losses)
+    return results
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_forwards_beside_the_loss_change_nothing(ranks: RankPool, nproc: int) -> None:
+    for when in ("before clipping", "before step", "after step", "after the window"):
+        for strategy in (FSDP(), FSDP(reshard_after_forward=False), FSDP(cpu_offload=True)):
+            with_them, without = ranks(extra_forwards, strategy, when, nproc=nproc)[0]
+            assert with_them == without, (when, strategy)
+
+
+def write_by_hand() -> tuple[float, float]:
+    accelerator = Accelerator(FSDP())
+    model = accelerator.prepare(make_net())
+    before = model(torch.ones(2, 5))
+    with torch.no_grad():
+        for parameter in filter(is_sharded, model.parameters()):
+            parameter.zero_()
+    return float(before.detach().abs().max()), float(model(torch.ones(2, 5)).detach().abs().max())
+
+
+def test_a_forward_sees_what_was_written_after_the_one_before(ranks: RankPool) -> None:
+    for before, after in ranks(write_by_hand, nproc=2):
+        assert before > 0 == after
+
+
 class Loss(nn.Module):
     def __init__(self) -> None:
         super().__init__()

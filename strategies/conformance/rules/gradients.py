@@ -94,6 +94,38 @@ def clip_norm(strategy: Strategy) -> None:
 
 
 @rule()
+def forward_before_step(strategy: Strategy) -> None:
+    """A forward between backward and the step, as for a metric, changes nothing: the next one sees the new weights.
+
+    A strategy that makes weights ready for a forward (gathers, casts, copies them) and puts them away in the backward
+    that follows must put them away before a step as well, where none does.
+    """
+    with Loop(strategy, steps=2) as loop:
+        model, optimizer = loop.model_and_optimizer()
+        samples, loader = loop.loader(3 * 2 * BATCH_SIZE * loop.world.size, BATCH_SIZE)
+        windows = iter(_windows(len(samples), 2 * BATCH_SIZE * loop.world.size))
+        before = weights_of(model)
+        for number, batch in enumerate(loader, start=1):
+            with loop.accumulate(model):
+                loop.backward(mean_loss(model(batch["x"]), batch))
+                model(batch["x"])
+                loop.finish_gradients(model)
+                model(batch["x"])
+                optimizer.step()
+                optimizer.zero_grad()
+            if loop.closes_window:
+                after = weights_of(model)
+                compare(
+                    Step(before, after, None).gradient,
+                    gradient_of(before, samples, next(windows)),
+                    tolerance=loop.tolerance,
+                    where=f"after a forward beside the loss, in the window that ends with micro-batch {number}",
+                    num_ranks=loop.world.size,
+                )
+                before = after
+
+
+@rule()
 def two_models(strategy: Strategy) -> None:
     """Two models in one loop, each with an optimizer and a window of its own, do not disturb each other.
 
