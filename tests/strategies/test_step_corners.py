@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from accelerator import Accelerator
@@ -222,6 +223,43 @@ def test_what_ranks_would_not_synchronise_is_refused(ranks: RankPool, how: str, 
     for error in ranks(leave_the_wrapper, how, return_exceptions=True):
         assert isinstance(error, StepError), error
         assert message in str(error)
+
+
+def step_after(strategy: str, change: str) -> None:
+    """Two steps of a model that was changed after prepare()."""
+    accelerator = Accelerator(strategy)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model, optimizer = accelerator.prepare(net, sgd(net))
+    changes = {
+        "replace": lambda: setattr(net, "1", nn.Linear(4, 4)),
+        "add": lambda: net.append(nn.Linear(4, 4)),
+        "wrap": lambda: setattr(net, "1", nn.Sequential(net[1], nn.Linear(4, 4))),
+        "replace parameter": lambda: setattr(net[0], "bias", nn.Parameter(torch.zeros(4))),
+        "move": lambda: setattr(net, "1", nn.Sequential(net[1], nn.ReLU())),
+        "remove": lambda: net.pop(0),
+    }
+    changes[change]()
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(2, 4)).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("cpu", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)])
+def test_parameters_that_came_after_prepare_are_refused(ranks: RankPool, strategy: str, world: int) -> None:
+    for change, name in {"replace": "1.weight", "add": "2.weight", "wrap": "1.1.weight"}.items():
+        for error in ranks(step_after, strategy, change, nproc=world, return_exceptions=True):
+            assert isinstance(error, StepError), change
+            assert f"{name} of Sequential is not the parameter that was prepared" in str(error)
+    for error in ranks(step_after, strategy, "replace parameter", nproc=world, return_exceptions=True):
+        assert isinstance(error, StepError)
+        assert re.search(r"0.bias (of Sequential is not the parameter|was replaced after prepare)", str(error))
+    assert ranks(step_after, strategy, "move", nproc=world) == [None] * world
+
+
+def test_a_module_may_be_taken_out_on_one_process() -> None:
+    step_after("cpu", "remove")
 
 
 def test_clipping_leaves_out_an_optimizer_that_has_not_trained() -> None:
