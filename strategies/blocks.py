@@ -15,7 +15,6 @@ from torch.nn import Parameter
 from .errors import PrepareError
 
 Predicate = Callable[[str, nn.Module], bool]
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,11 @@ def by_class(
     found = [(name, module) for name, module in _candidates(model) if _is_one_of(module, names)]
     for name in names:
         if not any(_is_one_of(module, [name]) for _, module in found):
+            if any(_is_one_of(module, [name]) for module in model.modules()):
+                raise PrepareError(
+                    f"transformer_layer_cls names {name!r}, but what is a {name} in {class_name(model)} has no forward "
+                    "or no parameters: nothing would gather it. Name the class of the modules inside that are called."
+                )
             classes = Counter(type(module).__name__ for _, module in _candidates(model))
             listed = ", ".join(f"{cls} ({count})" for cls, count in classes.most_common(12))
             raise PrepareError(
@@ -141,7 +145,7 @@ def by_size(model: nn.Module, minimum: int) -> list[tuple[str, nn.Module]]:
         left = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         for child_name, child in module.named_children():
             left += visit(f"{name}.{child_name}" if name else child_name, child)
-        if name and left >= minimum and not isinstance(module, CONTAINERS):
+        if name and left >= minimum and has_forward(module):
             chosen.append((name, module))
             return 0
         return left
@@ -173,7 +177,7 @@ def _repeated(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]
     counted = Counter(type(child) for _, child in children if next(child.children(), None) is not None)
     for name, child in children:
         full = f"{prefix}{name}"
-        if in_list and counted[type(child)] > 1 and not isinstance(child, CONTAINERS) and _has_parameters(child):
+        if in_list and counted[type(child)] > 1 and has_forward(child) and _has_parameters(child):
             yield full, child
         else:
             yield from _repeated(child, f"{full}.")
@@ -181,8 +185,13 @@ def _repeated(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if name and not isinstance(module, CONTAINERS) and _has_parameters(module):
+        if name and has_forward(module) and _has_parameters(module):
             yield name, module
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether a call of `module` can gather its parameters; a container, of torch or the user's own, is not called."""
+    return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
 def _has_parameters(module: nn.Module) -> bool:

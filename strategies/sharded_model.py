@@ -166,6 +166,26 @@ def return_no_views(model: nn.Module, inputs: Any, outputs: Any) -> Any:
     return map_tensors(lambda tensor: tensor.clone() if is_view(tensor) else tensor, outputs)
 
 
+def explain_forward(model: nn.Module, error: Exception) -> StepError | None:
+    """What an exception of a forward means, if it is that a parameter was used where its block had not gathered it."""
+    if "mixed torch.Tensor and DTensor" not in str(error):
+        return None
+    names = {id(module): name for name, module in model.named_modules()}
+    used, trace = "", error.__traceback__
+    while trace is not None:  # the innermost module whose method ran
+        used = names.get(id(trace.tb_frame.f_locals.get("self")), used)
+        trace = trace.tb_next
+    groups = {names.get(id(module)) for group in _groups(model) for module in group.modules}
+    parts = used.split(".")
+    block = next((name for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in groups), None)
+    what = f"{used} of {class_name(model)} was used" if used else f"{class_name(model)} used a parameter of a block"
+    return StepError(
+        f"{what} outside a call of {f'{block}, which' if block else 'the block that'} gathers it. Call the block itself; "
+        "or shard other modules (auto_wrap_policy, transformer_layer_cls; 'none' makes one block of the model); or name "
+        "the method of the model that uses it in forward_methods."
+    )
+
+
 def release_gathered(model: nn.Module) -> None:
     """Release what a forward without backward left gathered, so that the next one gathers what the parts hold then.
 

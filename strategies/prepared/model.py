@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from ..errors import PrepareError, StateError, StepError, listed
-from ..sharded_model import release_gathered
+from ..sharded_model import explain_forward, release_gathered
 from ..shards import is_quantized, is_sharded
 from .view import View, make_view
 from .weights import LoadingWhole, empty_parameters, warn_of_empty
@@ -39,11 +39,17 @@ class PreparedModel(View):
         else:
             module = link.wrapped
             link.num_forward += 1
-        if not link.autocasts:
-            return module(*args, **kwargs)
-        accumulation = link.accumulation
-        with accumulation.strategy.autocast(accumulation.world, accumulation.precision):
-            return module(*args, **kwargs)
+        try:
+            if not link.autocasts:
+                return module(*args, **kwargs)
+            accumulation = link.accumulation
+            with accumulation.strategy.autocast(accumulation.world, accumulation.precision):
+                return module(*args, **kwargs)
+        except RuntimeError as error:
+            reason = explain_forward(link.original, error) if link.sharded_parameters else None
+            if reason is None:
+                raise
+            raise reason from error
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients, except of an accumulation window that is still open."""
