@@ -63,7 +63,7 @@ class FSDP(Strategy):
     (`None`: where there is an accelerator).
     `ignored_params`: names, with wildcards, of parameters that stay whole on every rank.
     `activation_checkpointing`: whether blocks are computed again in backward (Chen et al. 2016, arXiv:1604.06174).
-    `forward_prefetch`, `backward_prefetch`: how many blocks ahead are gathered.
+    `forward_prefetch`, `backward_prefetch`: how many blocks ahead are gathered; 0 is none.
     `compile`: `torch.compile` of each block, with `compile_backend`.
     `forward_methods`: methods of the model, besides `forward` and `generate`, that use its parameters directly.
     """

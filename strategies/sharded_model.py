@@ -30,9 +30,11 @@ def settle(model: nn.Module, blocks: Sequence[nn.Module], *, forward: int, backw
     for index, block in enumerate(blocks):
         if forward:
             block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + forward])  # type: ignore[operator]
-        if backward > 1:  # 1 is what torch does by itself
+        if backward != 1:  # which is what torch does by itself, and for a block that is told of none
             before = blocks[max(0, index - backward) : index][::-1]
-            block.set_modules_to_backward_prefetch(before)  # type: ignore[operator]
+            block.set_modules_to_backward_prefetch(before or [block])  # type: ignore[operator]
+    if backward == 0:
+        model.set_modules_to_backward_prefetch([model])  # type: ignore[operator]
     gathered = _Gathered(_groups(model))
     model.register_forward_pre_hook(gathered.before_forward, prepend=True)
     model.register_forward_hook(gathered.after_forward)
@@ -180,9 +182,9 @@ def explain_forward(model: nn.Module, error: Exception) -> StepError | None:
     block = next((name for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in groups), None)
     what = f"{used} of {class_name(model)} was used" if used else f"{class_name(model)} used a parameter of a block"
     return StepError(
-        f"{what} outside a call of {f'{block}, which' if block else 'the block that'} gathers it. Call the block itself; "
-        "or shard other modules (auto_wrap_policy, transformer_layer_cls; 'none' makes one block of the model); or name "
-        "the method of the model that uses it in forward_methods."
+        f"{what} outside a call of {f'{block}, which' if block else 'the block that'} gathers it. Call the block "
+        "itself; or shard other modules (auto_wrap_policy, transformer_layer_cls; 'none' makes one block of the model); "
+        "or name the method of the model that uses it in forward_methods."
     )
 
 
