@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from . import collectives
 from .blocks import class_name
 from .errors import PrepareError, StepError
-from .shards import cut_like, is_sharded
+from .shards import cut_like, is_sharded, local
 from .tree import iterate_leaves, map_tensors
 from .world import World
 
@@ -48,9 +48,12 @@ class _Gathered:
         self._versions: dict[int, int] = {}  # by the place of a group: how often its parts had been written to
 
     def before_forward(self, model: nn.Module, inputs: Any) -> None:
-        """Have it gather anew what was written to by hand since, and refuse what was replaced."""
+        """Have it gather anew what was written to by hand since, and refuse what was replaced or converted."""
         self._refuse_replaced()
         for index, group in enumerate(self._groups):
+            first = group.fsdp_params[0]
+            if first.sharded_param.dtype != first.orig_dtype:
+                raise _converted(model, str(first.orig_dtype), str(first.sharded_param.dtype))
             if not group.is_sharded and self._versions.get(index) != _version(group):
                 _release(group)
 
@@ -183,8 +186,26 @@ def explain_forward(model: nn.Module, error: Exception) -> StepError | None:
     what = f"{used} of {class_name(model)} was used" if used else f"{class_name(model)} used a parameter of a block"
     return StepError(
         f"{what} outside a call of {f'{block}, which' if block else 'the block that'} gathers it. Call the block "
-        "itself; or shard other modules (auto_wrap_policy, transformer_layer_cls; 'none' makes one block of the model); "
-        "or name the method of the model that uses it in forward_methods."
+        "itself; or shard other modules (auto_wrap_policy, transformer_layer_cls; 'none' makes the model one block); or "
+        "name the method of the model that uses it in forward_methods."
+    )
+
+
+def refuse_conversion(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
+    """Raise `StepError` if `convert`, of `model.to(...)` and the like, would make other tensors of sharded parameters."""
+    for dtype, device in {(p.dtype, p.device) for p in map(local, model.parameters())}:
+        made = convert(torch.empty(0, dtype=dtype, device=device))
+        if (made.dtype, made.device) != (dtype, device):
+            raise _converted(model, f"{dtype} on {device}", f"{made.dtype} on {made.device}")
+        if device.type == "cpu" and made.is_shared():  # torch crashes on parts of tensors
+            raise _converted(model, f"{dtype} on {device}", "memory that processes share")
+
+
+def _converted(model: nn.Module, what: str, other: str) -> StepError:
+    return StepError(
+        f"parameters of {class_name(model)} are cut over ranks as {what}; after prepare() they cannot become {other}: "
+        "neither the optimizer nor fully_shard would know. Convert the model before prepare(); to compute in low "
+        "precision, set mixed_precision."
     )
 
 

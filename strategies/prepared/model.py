@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from ..errors import PrepareError, StateError, StepError, listed
-from ..sharded_model import explain_forward, release_gathered
+from ..sharded_model import explain_forward, refuse_conversion, release_gathered
 from ..shards import is_quantized, is_sharded
 from .view import View, make_view
 from .weights import LoadingWhole, empty_parameters, warn_of_empty
@@ -69,6 +69,16 @@ class PreparedModel(View):
         """Load whole weights, which every rank has, wherever the parameters are; torch's own where none is sharded."""
         return self._link.load_state_dict(state_dict, strict, assign)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """`to`, `float`, `cuda` and the like: sharded parameters stay where and what they are."""
+        self._link.refuse_conversion(fn)
+        self._link.original._apply(fn, recurse)
+        return self
+
+    def _get_fsdp_state(self) -> Any:
+        """Where the methods of torch's `FSDPModule` look: it knows the user's module only."""
+        return self._link.original._get_fsdp_state()
+
 
 class ModelLink:
     """What a prepared model knows: the user's module, what the strategy made of it, and their parameters.
@@ -116,6 +126,11 @@ class ModelLink:
         """Have the next forward gather parameters anew, because their parts are about to be written to."""
         if self._sharded:
             release_gathered(self.original)
+
+    def refuse_conversion(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Raise `StepError` if `convert` would change sharded parameters."""
+        if self._sharded:
+            refuse_conversion(self.original, convert)
 
     @property
     def sharded_parameters(self) -> Mapping[str, Parameter]:

@@ -1,0 +1,71 @@
+"""What a script may do with a model after FSDP has cut it, and what it is told not to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from accelerator import Accelerator
+from blocks_net import make_net
+from rank_pool import RankPool
+from strategies import FSDP, StepError
+
+
+def prepared() -> tuple[Accelerator, Any, Any]:
+    accelerator = Accelerator(FSDP())
+    model, optimizer = accelerator.prepare(net := make_net(), torch.optim.SGD(net.parameters(), lr=0.1))
+    return accelerator, model, optimizer
+
+
+KEEP: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda model: None,
+    "to(device)": lambda model: model.to("cpu"),
+    "float": lambda model: model.float(),
+    "unshard": lambda model: model.unshard(),
+    "reshard": lambda model: (model.unshard(), model.reshard()),
+    "set_requires_gradient_sync": lambda model: model.set_requires_gradient_sync(True),
+}
+
+
+def two_steps(what: str) -> float:
+    accelerator, model, optimizer = prepared()
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            loss = model(torch.ones(2, 5)).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        result = KEEP[what](model)
+        assert not isinstance(result, nn.Module) or result is model
+    return loss.item()
+
+
+def test_what_changes_no_parameter_may_be_called(ranks: RankPool) -> None:
+    expected = ranks(two_steps, "nothing", nproc=2)
+    for what in KEEP:
+        assert ranks(two_steps, what, nproc=2) == expected, what
+
+
+CONVERT: dict[str, Callable[[Accelerator, Any], Any]] = {
+    "torch.bfloat16 on cpu": lambda accelerator, model: model.to(torch.bfloat16),
+    "torch.float64 on cpu": lambda accelerator, model: model.double(),
+    "torch.float32 on meta": lambda accelerator, model: model.to("meta"),
+    "memory that processes share": lambda accelerator, model: model.share_memory(),
+    "torch.bfloat16": lambda accelerator, model: accelerator.unwrap_model(model).bfloat16(),
+}
+
+
+def convert(what: str) -> None:
+    accelerator, model, _ = prepared()
+    CONVERT[what](accelerator, model)
+    model(torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("what", list(CONVERT))
+def test_conversions_are_refused(ranks: RankPool, what: str) -> None:
+    with pytest.raises(StepError, match=f"of Net are cut over ranks as torch.float32.* cannot become {what}: neither"):
+        ranks(convert, what, nproc=2)
