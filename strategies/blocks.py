@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from .errors import PrepareError
+from .errors import PrepareError, nearest
 
 Predicate = Callable[[str, nn.Module], bool]
 
@@ -104,6 +104,13 @@ def refuse_caches(model: nn.Module) -> None:
             f"activation_checkpointing computes the blocks of {type(model).__name__} twice, and its cache of keys and "
             f"values would take them in twice. Set use_cache = False in the config of every part ({places}, ...)."
         )
+
+
+def refuse_backend(name: str) -> None:
+    """Raise `PrepareError` for a backend that `torch.compile` does not have: it would say so in the first forward."""
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if name not in known:
+        raise PrepareError(f"compile_backend is {name!r}; expected one of {', '.join(known)}.{nearest(name, known)}")
 
 
 def refuse_writes(model: nn.Module) -> None:

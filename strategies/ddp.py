@@ -18,6 +18,7 @@ from . import gradient_compression
 from .base import NOTHING, Strategy
 from .batch_norm import BatchNorm, broadcast_buffers, with_batch_norm
 from .errors import ConfigurationError, StepError, listed
+from .field_types import check_types
 from .precision import Precision
 from .process_group import join, leave
 from .transfer import to_device
@@ -61,10 +62,7 @@ class DDP(Strategy):
     batch_norm: BatchNorm = "error"
 
     def __post_init__(self) -> None:
-        if self.comm_hook not in ("none", "fp16", "bf16", "power_sgd"):
-            raise ConfigurationError(f"comm_hook is {self.comm_hook!r}; expected 'none', 'fp16', 'bf16' or 'power_sgd'")
-        if self.batch_norm not in ("error", "sync", "local"):
-            raise ConfigurationError(f"batch_norm is {self.batch_norm!r}; expected 'error', 'sync' or 'local'")
+        check_types(self, DDP)
         if self.timeout_seconds <= 0:
             raise ConfigurationError(f"timeout_seconds is {self.timeout_seconds}; expected a number above 0")
         if self.power_sgd_rank < 1 or self.power_sgd_start < 2:

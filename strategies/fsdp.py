@@ -19,6 +19,7 @@ from .base import Strategy
 from .batch_norm import BatchNorm, broadcast_buffers, with_batch_norm
 from .blocks import Block
 from .errors import ConfigurationError, PrepareError
+from .field_types import check_types
 from .precision import Precision
 from .process_group import join, leave
 from .sharded_model import (
@@ -93,11 +94,12 @@ class FSDP(Strategy):
     batch_norm: BatchNorm = "error"
 
     def __post_init__(self) -> None:
-        if isinstance(self.auto_wrap_policy, str):
-            self._refuse_other("auto_wrap_policy", [*_POLICIES.values(), "auto", *_POLICIES])
-        self._refuse_other("sharding_strategy", [None, *ShardingStrategy.__args__])  # type: ignore[attr-defined]
-        self._refuse_other("reduce_dtype", [None, *Dtype.__args__])  # type: ignore[attr-defined]
-        self._refuse_other("batch_norm", ["error", "sync", "local"])
+        check_types(self, FSDP)
+        policies = [*_POLICIES.values(), "auto", *_POLICIES]
+        if isinstance(self.auto_wrap_policy, str) and self.auto_wrap_policy not in policies:
+            raise ConfigurationError(
+                f"auto_wrap_policy is {self.auto_wrap_policy!r}; expected one of {', '.join(map(repr, policies))}"
+            )
         for name, least in (("replicate", 1), ("shard", 1), ("min_num_params", 0), ("timeout_seconds", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -108,12 +110,6 @@ class FSDP(Strategy):
                 "expected a number of blocks >= 0"
             )
         self._refuse_contradictions()
-
-    def _refuse_other(self, name: str, expected: Sequence[str | None]) -> None:
-        value = getattr(self, name)
-        if value not in expected:
-            listed = ", ".join(repr(word) for word in expected)
-            raise ConfigurationError(f"{name} is {value!r}; expected one of {listed}")
 
     def _refuse_contradictions(self) -> None:
         policy, words = self._policy, self.sharding_strategy
@@ -190,6 +186,8 @@ class FSDP(Strategy):
                 raise PrepareError(f"forward_methods names {name!r}, but {type(model).__name__} has no such method")
         if self.activation_checkpointing:
             blocks.refuse_caches(model)
+        if self.compile:
+            blocks.refuse_backend(self.compile_backend)
         ignored = self._ignored(model)
         found = blocks.find_blocks(model, self._chosen(model), set(ignored.values()))
         recording = deferred_init.recording_of(model)

@@ -186,13 +186,13 @@ def explain_forward(model: nn.Module, error: Exception) -> StepError | None:
     what = f"{used} of {class_name(model)} was used" if used else f"{class_name(model)} used a parameter of a block"
     return StepError(
         f"{what} outside a call of {f'{block}, which' if block else 'the block that'} gathers it. Call the block "
-        "itself; or shard other modules (auto_wrap_policy, transformer_layer_cls; 'none' makes the model one block); or "
+        "itself; shard other modules (auto_wrap_policy, transformer_layer_cls; 'none' makes the model one block); or "
         "name the method of the model that uses it in forward_methods."
     )
 
 
 def refuse_conversion(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
-    """Raise `StepError` if `convert`, of `model.to(...)` and the like, would make other tensors of sharded parameters."""
+    """Raise `StepError` if `convert`, of `model.to()` and the like, would make other tensors of sharded parameters."""
     for dtype, device in {(p.dtype, p.device) for p in map(local, model.parameters())}:
         made = convert(torch.empty(0, dtype=dtype, device=device))
         if (made.dtype, made.device) != (dtype, device):

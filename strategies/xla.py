@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import blocks, xla_runtime
 from .base import NOTHING, Strategy
 from .errors import ConfigurationError, DataError, PrepareError
+from .field_types import check_types
 from .init_module import born_on
 from .precision import Precision
 from .recompilation import Recompilations
@@ -68,14 +69,13 @@ class XLA(Strategy):
     full_graph: bool = False
 
     def __post_init__(self) -> None:
-        if self.shard not in ("none", "data", "fsdp"):
-            raise ConfigurationError(f"shard is {self.shard!r}; expected 'none', 'data' or 'fsdp'")
+        check_types(self, XLA)
         if self.mesh is not None and self.shard != "fsdp":
             raise ConfigurationError(
                 f"mesh is {self.mesh} and shard is {self.shard!r}; expected shard='fsdp' with a mesh: (copies of the "
                 "model, devices that each is cut over)"
             )
-        if self.mesh is not None and (len(self.mesh) != 2 or min(self.mesh) < 1):
+        if self.mesh is not None and min(self.mesh) < 1:
             raise ConfigurationError(f"mesh is {self.mesh}; expected two numbers >= 1, such as (2, 4)")
         if self.min_sharded_elements < 1:
             raise ConfigurationError(f"min_sharded_elements is {self.min_sharded_elements}; expected at least 1")

@@ -314,7 +314,7 @@ def construct_on_ranks(fields: dict[str, Any]) -> None:
 
 
 BAD_FIELDS = [
-    ({"sharding_strategy": "FULL"}, r"sharding_strategy is 'FULL'; expected one of None, 'FULL_SHARD'"),
+    ({"sharding_strategy": "FULL"}, r"sharding_strategy is 'FULL'; expected 'FULL_SHARD', 'SHARD_GRAD_OP'"),
     ({"auto_wrap_policy": "blocks"}, r"auto_wrap_policy is 'blocks'; expected one of 'transformer'"),
     ({"auto_wrap_policy": "transformer"}, "name the classes in transformer_layer_cls"),
     ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, "least number of elements in min_num_params"),
@@ -325,7 +325,7 @@ BAD_FIELDS = [
     ({"replicate": 0}, "replicate is 0; expected at least 1"),
     ({"pin_memory": True}, "cpu_offload is False; expected it to be True"),
     ({"forward_prefetch": -1}, "expected a number of blocks >= 0"),
-    ({"reduce_dtype": "float64"}, "reduce_dtype is 'float64'; expected one of None, 'float32'"),
+    ({"reduce_dtype": "float64"}, "reduce_dtype is 'float64'; expected 'float32', 'bfloat16', 'float16' or None"),
 ]
 
 
