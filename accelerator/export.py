@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from strategies import World, collectives
 from strategies.errors import StateError, listed
-from strategies.shards import copy_whole, is_quantized, whole
+from strategies.shards import copy_whole, is_quantized, is_sharded, local, whole
 
 from .byte_sizes import number_of_bytes
 from .fit import differing_ties, misfit
@@ -27,9 +27,12 @@ _WRITING = ".writing"
 
 def state_dict(model: nn.Module, world: World, *, sharded: bool) -> dict[str, Any]:
     """The weights of the user's module: whole on rank 0, in CPU memory, and empty elsewhere; or as they are cut."""
+    state = model.state_dict()
     if sharded:
-        return dict(model.state_dict())
-    return dict(_gathered(model.state_dict(), world))
+        return dict(state)
+    if any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
+        collectives.meet("get_state_dict", world)  # gloo ends a process that gathers while others do something else
+    return dict(_gathered(state, world))
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], world: World, *, max_shard_size: int | str) -> None:
@@ -39,6 +42,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], world: World, *, max_
     an earlier save left in `folder` stays until all new files are written.
     """
     limit = max(number_of_bytes(max_shard_size, "max_shard_size"), 1)  # at 0, a file for each tensor
+    collectives.meet("save_model", world)
     state = _without_ties(model)
     quantized = [name for name, tensor in state.items() if is_quantized(tensor)]
     if quantized:
@@ -233,13 +237,20 @@ def _gathered(state: dict[str, Any], world: World) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Tensor):
             full = whole(value)
             if world.is_main:
-                in_memory = full.device.type == "cpu"
-                yield name, full.clone() if in_memory else full.cpu()
-                if in_memory:
+                is_fresh = _is_fresh(full, value)
+                yield name, full.cpu() if is_fresh else full.clone()
+                if not is_fresh:
                     give_back(full)  # if it is mapped from a file
             del full
         elif world.is_main:
             yield name, value
+
+
+def _is_fresh(full: Tensor, value: Tensor) -> bool:
+    """Whether the model does not hold the memory of `full`, made of `value`, so that it needs no other copy."""
+    if full.device.type != "cpu":
+        return True
+    return is_sharded(value) and full.untyped_storage().data_ptr() != local(value).untyped_storage().data_ptr()
 
 
 def _without_ties(model: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 from accelerator import Accelerator
 from blocks_net import make_net
 from rank_pool import RankPool
-from strategies import FSDP, StepError
+from strategies import FSDP, CollectiveError, StepError
+from strategies.shards import whole
 
 
 def prepared() -> tuple[Accelerator, Any, Any]:
@@ -69,3 +71,30 @@ def convert(what: str) -> None:
 def test_conversions_are_refused(ranks: RankPool, what: str) -> None:
     with pytest.raises(StepError, match=f"of Net are cut over ranks as torch.float32.* cannot become {what}: neither"):
         ranks(convert, what, nproc=2)
+
+
+def on_one_rank(call: str, folder: str) -> None:
+    accelerator, model, _ = prepared()
+    if accelerator.is_main_process:
+        getattr(accelerator, call)(model, *([folder] if call == "save_model" else []))
+    accelerator.wait_for_everyone()
+
+
+@pytest.mark.parametrize("call", ["get_state_dict", "save_model"])
+def test_a_call_on_one_rank_is_named_on_all(ranks: RankPool, tmp_path: Path, call: str) -> None:
+    for outcome in ranks(on_one_rank, call, str(tmp_path), nproc=2, return_exceptions=True):
+        assert isinstance(outcome, CollectiveError)
+        assert f"rank 0: {call}; rank 1: wait_for_everyone" in str(outcome)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_weights_that_were_taken_out_are_a_copy(ranks: RankPool, nproc: int) -> None:
+    assert ranks(change_what_was_taken_out, nproc=nproc) == [0.0] * nproc
+
+
+def change_what_was_taken_out() -> float:
+    accelerator, model, _ = prepared()
+    before = {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
+    for tensor in accelerator.get_state_dict(model).values():
+        tensor.add_(1)
+    return max(float((whole(p) - before[name]).abs().max()) for name, p in model.named_parameters())
