@@ -88,14 +88,24 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _of_each_kind(parameters: list[Tensor]) -> list[Tensor]:
-    """One parameter for every number of dimensions, dtype and cut."""
-    kinds = {(p.ndim, p.dtype, p.requires_grad, is_sharded(p)): p for p in parameters}
+    """One parameter for every number of dimensions, dtype and cut, and for every length that leaves ranks without."""
+    kinds = {(p.ndim, p.dtype, p.requires_grad, is_sharded(p), _short_length(p)): p for p in parameters}
     return list(kinds.values())
+
+
+def _short_length(parameter: Tensor) -> int | None:
+    """The length of a parameter that is shorter than the number of ranks it is cut over: some hold nothing of it."""
+    if not is_sharded(parameter) or parameter.ndim == 0:
+        return None
+    cut = [size for size, how in zip(parameter.device_mesh.shape, parameter.placements, strict=True) if how.is_shard()]
+    return parameter.shape[0] if parameter.shape[0] < math.prod(cut) else None
 
 
 def _small(parameter: Tensor, *, sharded: bool) -> Tensor:
     """A parameter of a few numbers with a gradient, of as many dimensions, cut alike if `sharded`."""
     size = [4 if parameter.ndim <= 2 else 2] * parameter.ndim
+    short = _short_length(parameter)
+    size = size if short is None else [short, *size[1:]]
     numbers = torch.linspace(-1.0, 2.0, math.prod(size))
     numbers = numbers.reshape(size).to(local(parameter).device, parameter.dtype)
     leaf = torch.nn.Parameter(_as(numbers, parameter, sharded=sharded), requires_grad=parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""Settings of FSDP: what they do, and values of the wrong kind."""
+"""Settings of FSDP and of optimizers under it: what they do, and values that do not fit."""
 
 from __future__ import annotations
 
@@ -89,3 +89,16 @@ def test_a_backend_that_torch_compile_has_not_is_refused(ranks: RankPool) -> Non
         PrepareError, match=r"compile_backend is 'inductorr'; expected one of .*Did you mean 'inductor'"
     ):
         ranks(compile_with, "inductorr", nproc=1)
+
+
+def prepare_muon(shortest: int) -> None:
+    net = make_net()  # its widest weights have 16 rows, its head one
+    matrices = [p for p in net.parameters() if p.ndim == 2 and len(p) >= shortest]
+    Accelerator(FSDP()).prepare(net, torch.optim.Muon(matrices))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_an_optimizer_is_tried_on_weights_of_which_a_rank_holds_nothing(ranks: RankPool) -> None:
+    assert ranks(prepare_muon, 2, nproc=2) == [None, None]
+    with pytest.raises(PrepareError, match="Muon cannot step on sharded parameters"):
+        ranks(prepare_muon, 1, nproc=2)
