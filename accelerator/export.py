@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from strategies import World, collectives
+from strategies.blocks import class_name
 from strategies.errors import StateError, listed
 from strategies.shards import copy_whole, is_quantized, is_sharded, local, whole
 
@@ -47,7 +48,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], world: World, *, max_
     quantized = [name for name, tensor in state.items() if is_quantized(tensor)]
     if quantized:
         raise StateError(
-            f"{listed(quantized)} of {type(model).__name__} are quantized, which safetensors cannot hold. Keep the "
+            f"{listed(quantized)} of {class_name(model)} are quantized, which safetensors cannot hold. Keep the "
             "checkpoint that they were loaded from, and load it with quantize= again."
         )
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
@@ -148,7 +149,7 @@ def _matched(model: nn.Module, folder: Path) -> tuple[Mapping[str, Tensor], dict
         if found
     ]
     if wrong:
-        raise StateError(f"it is of another model than this {type(model).__name__}. " + "; ".join(wrong))
+        raise StateError(f"it is of another model than this {class_name(model)}. " + "; ".join(wrong))
     return places, slots
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .base import Strategy
+from .blocks import class_name
 from .errors import StateError, StepError
 from .observer import Observer
 from .precision import Precision
@@ -70,7 +71,7 @@ class Accumulation:
             if known in self.models:
                 return known
         raise StepError(
-            f"{type(model).__name__} was not prepared by this Accelerator. Use the model that prepare() returned."
+            f"{class_name(model)} was not prepared by this Accelerator. Use the model that prepare() returned."
         )
 
     @property

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .blocks import class_name
 from .errors import ConfigurationError
 from .init_module import born_on
 from .precision import Precision
@@ -123,7 +124,7 @@ class Strategy(ABC):
         Inside, `reduce_gradients` gets a world of one. Raises `ConfigurationError` where ranks cannot train apart.
         """
         raise ConfigurationError(
-            f"LocalSGD has each rank train a whole copy of {type(wrapped).__name__} by itself, which "
+            f"LocalSGD has each rank train a whole copy of {class_name(wrapped)} by itself, which "
             f"{type(self).__name__} does not offer. Use strategy='ddp', or LocalSGD(..., enabled=False)."
         )
 

@@ -31,10 +31,12 @@ class Block:
         return sum(parameter.numel() for _, parameter in self.parameters)
 
 
-def class_name(module: nn.Module) -> str:
-    """The name of the user's class; `fully_shard` puts a class of its own in front."""
-    first, *others = type(module).__bases__
-    return others[0].__name__ if others and first.__name__ == "FSDPModule" else type(module).__name__
+def class_name(module: object) -> str:
+    """The name of the user's class; a view, and `fully_shard`, put a class of their own in front."""
+    kind = type(module)
+    while kind.__bases__[0].__name__ in ("PreparedModel", "FSDPModule") and len(kind.__bases__) > 1:
+        kind = kind.__bases__[1]
+    return kind.__name__
 
 
 def find_blocks(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]], ignored: set[Parameter]) -> list[Block]:
@@ -113,10 +115,20 @@ def refuse_backend(name: str) -> None:
         raise PrepareError(f"compile_backend is {name!r}; expected one of {', '.join(known)}.{nearest(name, known)}")
 
 
-def refuse_writes(model: nn.Module) -> None:
-    """Raise `PrepareError` for a module whose forward writes into its parameters: only a gathered copy would change."""
+def refuse_embeddings(model: nn.Module) -> None:
+    """Raise `PrepareError` for an embedding whose forward writes into its weights: only a gathered copy would change.
+
+    And for one with sparse gradients.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            continue
+        if module.sparse:
+            raise PrepareError(
+                f"{name} of {type(model).__name__} has sparse=True, and fully_shard cannot reduce sparse gradients. "
+                "Leave it out, or use DDP."
+            )
+        if module.max_norm is not None:
             raise PrepareError(
                 f"{name} of {type(model).__name__} has max_norm={module.max_norm}: its forward writes into its "
                 "weights, which is lost where they are sharded. Normalise the embedding's output, or use DDP."

@@ -179,7 +179,7 @@ class FSDP(Strategy):
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         refuse_sharded(model)
-        blocks.refuse_writes(model)
+        blocks.refuse_embeddings(model)
         model = with_batch_norm(model, self.batch_norm, world, "FSDP")
         for name in self.forward_methods:
             if not callable(getattr(model, name, None)):

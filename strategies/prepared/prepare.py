@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from ..blocks import class_name
 from ..errors import PrepareError
 from .dataloader import DataOptions, loader_seed, prepare_dataloader
 from .model import prepare_model
@@ -88,5 +89,5 @@ def _refuse_repeated(objects: Sequence[Any], accumulation: Accumulation) -> None
         before = any(item is other for other in [*accumulation.given, *objects[:index]])
         if isinstance(item, View) or before:
             raise PrepareError(
-                f"{type(item).__name__} is prepared already. Prepare each object once, and use what prepare() returned."
+                f"{class_name(item)} is prepared already. Prepare each object once, and use what prepare() returned."
             )

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from accelerator import Accelerator
+from accelerator import Accelerator, LocalSGD
 from blocks_net import make_net
 from rank_pool import RankPool
-from strategies import FSDP, CollectiveError, StepError
+from strategies import FSDP, CollectiveError, ConfigurationError, PrepareError, StepError
 from strategies.shards import whole
 
 
@@ -98,3 +98,31 @@ def change_what_was_taken_out() -> float:
     for tensor in accelerator.get_state_dict(model).values():
         tensor.add_(1)
     return max(float((whole(p) - before[name]).abs().max()) for name, p in model.named_parameters())
+
+
+def again(what: str) -> None:
+    accelerator, model, _ = prepared()
+    if what == "prepare":
+        accelerator.prepare(model)
+    elif what == "accumulate":
+        accelerator.free_memory()
+        accelerator.accumulate(model)
+    else:
+        with LocalSGD(accelerator, model, 2):
+            pass
+
+
+def prepare_sparse() -> None:
+    Accelerator(FSDP()).prepare(nn.Sequential(nn.Embedding(4, 4, sparse=True)))
+
+
+def test_messages_name_the_users_class(ranks: RankPool) -> None:
+    for what, words in {
+        "prepare": "^Net is prepared already",
+        "accumulate": "^Net was not prepared by this Accelerator",
+        "local_sgd": "a whole copy of Net by itself",
+    }.items():
+        with pytest.raises((PrepareError, StepError, ConfigurationError), match=words):
+            ranks(again, what, nproc=1)
+    with pytest.raises(PrepareError, match="0 of Sequential has sparse=True"):
+        ranks(prepare_sparse, nproc=1)
