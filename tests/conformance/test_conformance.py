@@ -10,7 +10,10 @@ import unittest
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from rank_pool import RankPool
 from rank_worker import load_test_module
@@ -157,6 +160,17 @@ def test_every_rule_has_a_strategy_that_it_rejects() -> None:
 )
 def test_what_one_rule_finds_no_other_would(ranks: RankPool, rule: str, strategy: type[Strategy], nproc: int) -> None:
     assert ranks(hold, rule, strategy(), nproc=nproc) == [None] * nproc
+
+
+def hold_beside_a_fake_tensor(rule: str, strategy: Strategy) -> str | None:
+    sizes = ShapeEnv()
+    fake = FakeTensorMode(shape_env=sizes).from_tensor(torch.ones(3, 4), static_shapes=False)
+    assert fake.shape[0].node.is_symbolic()
+    return run_rule(rule, strategy)
+
+
+def test_what_torch_compile_leaves_counts_for_no_memory(ranks: RankPool) -> None:
+    assert ranks(hold_beside_a_fake_tensor, "memory_per_rank", CPU(), nproc=1) == [None]
 
 
 def test_a_forgotten_method_fails_at_construction() -> None:

@@ -53,7 +53,7 @@ def _bytes_of(tensors: list[Tensor]) -> int:
     """Bytes of the storages of `tensors`, each counted once; of the tensors where a device has no storages."""
     found = {}
     for tensor in tensors:
-        if tensor.device.type == "meta":
+        if tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":  # which torch.compile leaves behind
             continue
         try:
             storage = tensor.untyped_storage()
