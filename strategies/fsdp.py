@@ -27,6 +27,7 @@ from .sharded_model import (
     discard,
     held_gradients,
     hold_gradients,
+    reduce_unused,
     refuse_sharded,
     refuse_uneven_use,
     return_no_views,
@@ -66,6 +67,8 @@ class FSDP(Strategy):
     `activation_checkpointing`: whether blocks are computed again in backward (Chen et al. 2016, arXiv:1604.06174).
     `forward_prefetch`, `backward_prefetch`: how many blocks ahead are gathered; 0 is none.
     `compile`: `torch.compile` of each block, with `compile_backend`.
+    `find_unused_parameters`: whether ranks may use different parameters of a block that all of them call; what a rank
+    does not use has a zero gradient there, and nowhere no gradient (torch 2.13).
     `forward_methods`: methods of the model, besides `forward` and `generate`, that use its parameters directly.
     """
 
@@ -89,6 +92,7 @@ class FSDP(Strategy):
     backward_prefetch: int = 1
     compile: bool = False
     compile_backend: str = "inductor"
+    find_unused_parameters: bool = False
     forward_methods: tuple[str, ...] = ()
     broadcast_buffers: bool = True
     batch_norm: BatchNorm = "error"
@@ -208,6 +212,8 @@ class FSDP(Strategy):
                 register_fsdp_forward_method(model, name)
         inner = sorted((block.module for block in found if block.name), key=[*model.modules()].index)
         settle(model, inner, forward=self.forward_prefetch, backward=self.backward_prefetch)
+        if self.find_unused_parameters:
+            reduce_unused(model)
         return model
 
     def unwrap(self, wrapped: nn.Module) -> nn.Module:

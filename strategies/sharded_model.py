@@ -272,8 +272,19 @@ def refuse_uneven_use(model: nn.Module, world: World) -> None:
         raise StepError(
             f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} of {class_name(model)} took part in the loss "
             "on some ranks only, where fully_shard adds gradients of different parameters together. Use every "
-            "parameter on every rank: add 0 times the output of the part that is left out."
+            "parameter on every rank (add 0 times the output of the part that is left out), or set "
+            "find_unused_parameters=True (torch 2.13)."
         )
+
+
+def reduce_unused(model: nn.Module) -> None:
+    """Have parameters without a gradient reduced as zeros. Raises `PrepareError` where torch cannot."""
+    if not hasattr(model, "set_reduce_scatter_unused_params"):
+        raise PrepareError(
+            f"find_unused_parameters is True, which fully_shard of torch {torch.__version__} cannot do; it needs 2.13. "
+            "Add 0 times the output of what a rank leaves out, or use DDP."
+        )
+    model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
 
 def take_from_rank_0(parameters: Iterable[Parameter], device: torch.device) -> None:

@@ -301,8 +301,6 @@ class Casting(nn.Module):
         output = torch.func.functional_call(self.model, self.copies, args, kwargs)
         if output.requires_grad:
             output.register_hook(lambda gradient: self.copies.clear())
-        else:
-            self.copies = {}
         return output
 
 

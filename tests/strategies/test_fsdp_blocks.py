@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from accelerator import Accelerator
 from blocks_net import Block
@@ -200,3 +201,44 @@ def use(what: str) -> None:
 def test_a_block_that_is_not_called_is_named(ranks: RankPool, what: str, kind: Any, words: str) -> None:
     with pytest.raises(kind, match=words):
         ranks(use, what, nproc=2)
+
+
+class Chooses(nn.Module):
+    """One of two ways, of different sizes, by what comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(5, 1), nn.Sequential(nn.Linear(5, 9), nn.Linear(9, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.narrow if x.sum() < 0 else self.wide)(x)
+
+
+INPUTS = torch.stack([-torch.ones(2, 5), torch.ones(2, 5)])  # (ranks, samples, features)
+
+
+def choose() -> dict[str, Tensor]:
+    accelerator = Accelerator(FSDP(find_unused_parameters=True), gradient_accumulation_steps=2)
+    torch.manual_seed(3)
+    model, optimizer = accelerator.prepare(net := Chooses(), torch.optim.SGD(net.parameters(), lr=0.1))
+    for step in range(6):  # in every second window each rank goes one way only, another than the other's
+        x = INPUTS[(accelerator.process_index + (step % 4 == 1)) % 2]
+        with accelerator.accumulate(model):
+            accelerator.backward(model(x).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.skipif(not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="needs torch 2.13")
+def test_ranks_may_use_different_parameters_where_asked_for(ranks: RankPool) -> None:
+    torch.manual_seed(3)
+    net = Chooses()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(3):
+        (sum(net(x).square().mean() for x in INPUTS) / 2).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+    for weights in ranks(choose, nproc=2):
+        for name, weight in net.named_parameters():
+            torch.testing.assert_close(weights[name], weight.detach(), atol=1e-6, rtol=1e-5)
