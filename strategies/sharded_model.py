@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from . import collectives
 from .blocks import class_name
-from .errors import PrepareError, StepError
+from .errors import PrepareError, StepError, listed
 from .shards import cut_like, is_sharded, local
 from .tree import iterate_leaves, map_tensors
 from .world import World
@@ -45,11 +45,15 @@ class _Gathered:
 
     def __init__(self, groups: Sequence[Any]) -> None:
         self._groups = groups
+        self._drawn: dict[int, int] | None = {id(p): p.sharded_param._version for g in groups for p in g.fsdp_params}
         self._versions: dict[int, int] = {}  # by the place of a group: how often its parts had been written to
 
     def before_forward(self, model: nn.Module, inputs: Any) -> None:
         """Have it gather anew what was written to by hand since, and refuse what was replaced or converted."""
         self._refuse_replaced()
+        if self._drawn is not None:
+            _refuse_same_numbers([p for g in self._groups for p in g.fsdp_params], self._drawn)
+            self._drawn = None
         for index, group in enumerate(self._groups):
             first = group.fsdp_params[0]
             if first.sharded_param.dtype != first.orig_dtype:
@@ -82,6 +86,30 @@ class _Gathered:
                         "the optimizer know the new parameter. Change the model before prepare(), or write into the "
                         "parameter that it has."
                     )
+
+
+def _refuse_same_numbers(parameters: Sequence[Any], versions: Mapping[int, int]) -> None:
+    """Raise `StepError` if parameters were drawn at random since `versions`, by each rank from the same generator.
+
+    Collective where any was written to: each rank then draws only its part, and all parts are alike.
+    """
+    written = [known for known in parameters if known.sharded_param._version != versions[id(known)]]
+    if not written or written[0].mesh_info.shard_mesh_size == 1:
+        return
+    mine = {}
+    for known in written:
+        part = local(known.sharded_param).detach().flatten()[:4096].cpu()
+        if part.numel() > 1 and bool((part != part[0]).any()):
+            mine[known._param_fqn] = zlib.crc32(bytes(part.contiguous().view(torch.uint8).tolist()))
+    everyone: list[dict[str, int]] = [{} for _ in range(written[0].mesh_info.shard_mesh_size)]
+    dist.all_gather_object(everyone, mine, group=written[0].mesh_info.shard_process_group)
+    alike = [name for name, check in mine.items() if all(other.get(name) == check for other in everyone)]
+    if alike:
+        raise StepError(
+            f"{listed(alike)} were initialised after prepare(), where every rank draws its part from the same random "
+            "numbers: all parts are alike. Initialise before prepare(), or load whole values with "
+            "model.load_state_dict(state)."
+        )
 
 
 def _version(group: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,28 @@ def test_messages_name_the_users_class(ranks: RankPool) -> None:
             ranks(again, what, nproc=1)
     with pytest.raises(PrepareError, match="0 of Sequential has sparse=True"):
         ranks(prepare_sparse, nproc=1)
+
+
+def test_random_numbers_after_prepare_are_refused_where_all_parts_are_alike(ranks: RankPool) -> None:
+    for how in ("init", "apply"):
+        for outcome in ranks(initialise, how, nproc=2, return_exceptions=True):
+            assert isinstance(outcome, StepError), how
+            assert "layers.0.up.weight" in str(outcome)
+            assert "after prepare(), where every rank draws its part from the same random numbers" in str(outcome)
+    for how in ("other seeds", "zeros", "load"):
+        assert ranks(initialise, how, nproc=2) == [None, None], how
+    assert ranks(initialise, "init", nproc=1) == [None]
+
+
+def initialise(how: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support")
+        accelerator, model, _ = prepared()
+        torch.manual_seed(accelerator.process_index if how == "other seeds" else 0)
+        if how == "apply":
+            model.apply(lambda module: module.reset_parameters() if isinstance(module, nn.Linear) else None)
+        elif how == "load":
+            model.load_state_dict(make_net(9).state_dict())
+        else:
+            (nn.init.zeros_ if how == "zeros" else nn.init.normal_)(model.layers[0].up.weight)
+        model(torch.ones(2, 5))
