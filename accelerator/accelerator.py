@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader
 from strategies import Precision, Strategy, clipping, collectives
 from strategies.accumulation import Accumulation
 from strategies.errors import AcceleratorError, DataError, PrepareError, StateError
-from strategies.prepared import DataOptions, View, prepare
+from strategies.prepared import View, prepare
 from strategies.recording import default_dtype
 from strategies.tree import num_samples
 
 from . import export, processes
 from .batch_arithmetic import BatchArithmetic
-from .choice import check_world, chosen_name
+from .choice import check_world, chosen_alike, chosen_name, options_of
 from .config import NOT_GIVEN, NotGiven, given, resolve_settings
 from .ending import Ending, end_run
 from .explain import Explanation, explain
@@ -150,17 +150,15 @@ class Accelerator(Ranks):
 
         Returns their prepared counterparts in the same order; a single one by itself. Each is still an instance
         of its class and shares its state with the object given. Raises `PrepareError` for an object that is
-        unknown, was prepared before or does not fit the others, `DataError` for a loader that cannot be cut.
+        unknown, was prepared before or does not fit the others, `DataError` for a loader that cannot be cut; on every
+        rank, where they differ in what they prepare or in a setting that decides the step.
         """
         if not objects:
             raise PrepareError("prepare() got nothing; expected models, optimizers, schedulers or dataloaders")
         seed = self._settings.seed
-        options = DataOptions(
-            split_batches=self._settings.split_batches,
-            dispatch_batches=self._settings.dispatch_batches,
-            seed_samples=self._settings.seed_samples,
-        )
-        prepared = prepare(objects, self._accumulation, seed=seed, options=options)
+        alike = chosen_alike(self._resolved, self._strategy_name, self._strategy)
+        options = options_of(self._settings)
+        prepared = prepare(objects, self._accumulation, seed=seed, options=options, settings=alike)
         self._debugging.attach()
         self._arithmetic.add([item for item in prepared if isinstance(item, DataLoader)])
         if seed is not None and not self._seeded_apart and self._accumulation.models:

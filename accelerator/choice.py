@@ -1,13 +1,26 @@
-"""Which strategy runs, and whether the processes that were asked for are the ones that are there."""
+"""Which strategy runs, what all ranks must have chosen alike, and whether the processes asked for are there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
-from strategies import LaunchError, World
+from strategies import LaunchError, Strategy, World
+from strategies.prepared import DataOptions, Fact
 from strategies.process_group import read_environment
 
-from .config import Resolved
+from .config import Resolved, Settings
+
+# What one step over all ranks is made of: each computes its own part of it by these.
+_ALIKE = (
+    "mixed_precision",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "split_batches",
+    "dispatch_batches",
+    "seed_samples",
+    "detect_nonfinite",
+)
 
 
 def chosen_name(resolved: Resolved, environ: Mapping[str, str]) -> str:
@@ -34,3 +47,25 @@ def check_world(resolved: Resolved, world: World) -> None:
         f"launch.nproc_per_node is {launch.nproc_per_node} ({origin}): {asked} processes asked for, {world.size} "
         "found. Start the script with `accelerator launch`, or take the setting out."
     )
+
+
+def options_of(settings: Settings) -> DataOptions:
+    """What the settings ask of all loaders."""
+    return DataOptions(
+        split_batches=settings.split_batches,
+        dispatch_batches=settings.dispatch_batches,
+        seed_samples=settings.seed_samples,
+    )
+
+
+def chosen_alike(resolved: Resolved, name: str, strategy: Strategy) -> list[Fact]:
+    """The settings that decide the step, which all ranks must share; `name` is that of the strategy which runs."""
+    origins = resolved.origins
+    unnamed = "code" if isinstance(resolved.strategy_in_code, Strategy) else "default"
+    kind = type(strategy)
+    facts = [Fact("strategy", f"{kind.__module__}.{kind.__qualname__}", origins["strategy"])]
+    facts += [Fact.of(setting, getattr(resolved.settings, setting), origins[setting]) for setting in _ALIKE]
+    for field in fields(strategy):
+        option = f"{name}.{field.name}"
+        facts.append(Fact.of(option, getattr(strategy, field.name), origins.get(option, unnamed)))
+    return facts

@@ -30,7 +30,7 @@ def meet(call: str, world: World, value: int = 0) -> list[int]:
     """
     if world.size == 1:
         return [value]
-    rows = all_gather_integers([_digest(call), value], world)
+    rows = all_gather_integers([digest_of(call), value], world)
     if any(row[0] != rows[0][0] for row in rows):
         calls = "; ".join(f"rank {rank}: {named}" for rank, named in enumerate(all_gather_objects(call, world)))
         raise CollectiveError(
@@ -46,7 +46,7 @@ def meet_alike(call: str, arguments: str, world: World) -> None:
     Raises `CollectiveError`, on every rank, naming the calls or the arguments if they differ.
     """
     try:
-        digests = meet(call, world, _digest(arguments))
+        digests = meet(call, world, digest_of(arguments))
     except PeerLostError as error:
         raise PeerLostError(f"{call}(), which every rank must call, was not called by all of them: {error}") from error
     if any(digest != digests[0] for digest in digests):
@@ -74,6 +74,11 @@ def all_gather_objects(value: Any, world: World) -> list[Any]:
     with named_failures(world):
         dist.all_gather_object(received, value)
     return received
+
+
+def digest_of(text: str) -> int:
+    """64 bits of `text`, as a number to compare ranks by."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def gather(tree: Any, world: World) -> Any:
@@ -227,7 +232,7 @@ def _check_alike(
     if world.size == 1:
         return
     brought = describe(tree, any_length_of) if has_tensors or not objects else "objects"
-    digests = meet(call, world, _digest(brought))
+    digests = meet(call, world, digest_of(brought))
     if all(digest == digests[0] for digest in digests):
         return
     everyone = all_gather_objects(describe(tree), world)
@@ -238,10 +243,6 @@ def _check_alike(
         else "Ranks must bring the same nesting, dtypes and other dimensions."
     )
     raise ShapeMismatchError(f"ranks brought different tensors to one collective ({listed}). {advice}")
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _bits(number: float) -> int:

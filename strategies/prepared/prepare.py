@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..blocks import class_name
 from ..errors import PrepareError
+from .alike import Fact, meet_alike
 from .dataloader import DataOptions, loader_seed, prepare_dataloader
 from .model import prepare_model
 from .optimizer import prepare_optimizer
@@ -23,14 +24,21 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    objects: Sequence[Any], accumulation: Accumulation, *, seed: int | None, options: DataOptions | None = None
+    objects: Sequence[Any],
+    accumulation: Accumulation,
+    *,
+    seed: int | None,
+    options: DataOptions | None = None,
+    settings: Sequence[Fact] = (),
 ) -> list[Any]:
     """The prepared counterpart of each object, in the order given. Collective.
 
-    Raises `PrepareError` before anything is changed if an object is unknown or was prepared before.
+    `settings` are what all ranks must have alike. Raises, before anything is changed, `PrepareError` if an object is
+    unknown, was prepared before or is not alike on all ranks, `ConfigurationError` if the settings are not.
     """
     kinds = [_kind(item) for item in objects]
     _refuse_repeated(objects, accumulation)
+    meet_alike(objects, kinds, settings, accumulation.world)
     accumulation.forget_windows()
     held: tuple[list[Any], ...] = (
         accumulation.models,
