@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 import zlib
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from . import collectives
 from .errors import DataError, StepError
 from .process_group import leave_last_words, take_back_last_words
 from .sharding import Cut, Plan
+from .tree import iterate_tensors
 from .world import World
 
 
@@ -28,6 +31,7 @@ class Cursor:
     __slots__ = (
         "_loader",
         "_num_full",
+        "_remembered",
         "cut",
         "epoch",
         "finished",
@@ -40,6 +44,7 @@ class Cursor:
         "is_planned",
         "last_trained",
         "mean_samples",
+        "num_forward",
         "num_trained",
         "rank",
         "samples_seen",
@@ -75,8 +80,10 @@ class Cursor:
         self.had_ghosts = cut is not None and cut.has_ghosts
         self.grad_enabled = False
         self.num_trained = 0
+        self.num_forward = 0  # forward calls of models while it was open
         self.last_trained = -1
         self.finished = False
+        self._remembered: weakref.ref[Tensor] | None = None
         self.verified = world.size == 1
 
     @property
@@ -115,6 +122,29 @@ class Cursor:
     def counts(self) -> bool:
         """Whether this pass was an epoch, or a part of one, and not only a look at the data."""
         return self.finished or self.num_trained > 0
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether batches of this pass differ in size, over the pass or over ranks, or may do so."""
+        if self.cut is None or not self.is_planned:
+            return True
+        number = self.cut.num_batches
+        return self.had_ghosts or self.cut.window_samples(0, number) != number * self.cut.window_samples(0, 1)
+
+    def remember(self, batch: Any) -> None:
+        """Note a batch before the last, to know later whether the loop keeps what it took."""
+        tensor = next(iterate_tensors(batch), None)
+        self._remembered = None if tensor is None else weakref.ref(tensor)
+
+    @property
+    def was_kept(self) -> bool:
+        """Whether the loop, after the end of the pass, still holds a batch before the last, or never used any."""
+        if self.num_trained == self.num_forward == 0:
+            return True
+        if self._remembered is None or self._remembered() is None:
+            return False
+        gc.collect()  # a cycle of references may hold it, and nobody else
+        return self._remembered() is not None
 
     def agrees_with(self, other: Cursor) -> bool:
         """Whether both describe the same sizes from here to the end, so that either may weigh the window."""
@@ -222,6 +252,24 @@ class Sources:
                 if [cursor.size_on(rank) for rank in range(self._world.size)] == sizes:
                     return cursor
         return inside[0]
+
+    def refuse_kept(self, *, weighed: bool) -> None:
+        """Raise `StepError` where the loop trains on batches that it kept from a pass that has ended.
+
+        `weighed`: the loop says what a batch weighs. Which of them were ghosts it cannot say.
+        """
+        ended = self.latest
+        if ended is None or not ended.finished or not ended.grad_enabled or (weighed and not ended.had_ghosts):
+            return
+        if ended.is_uneven and ended.was_kept:
+            what = "ghosts, which must weigh nothing" if ended.had_ghosts else "batches of different sizes"
+            raise StepError(
+                f"the loop over {_describe(ended)} has ended, and this micro-batch comes from no other: list(loader) "
+                f"and itertools.cycle(loader) keep batches. That pass had {what}, and which is which is known inside "
+                "the loop only. Loop over the loader itself, for endless data in `while True: for batch in loader:`"
+                + ("." if ended.had_ghosts else ", or give backward() a weight=.")
+                + " If this is other data, take the loader's batches under torch.no_grad()."
+            )
 
     def is_open(self, cursor: Cursor) -> bool:
         """Whether the loop is still inside this pass."""

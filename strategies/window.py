@@ -49,6 +49,7 @@ class Window:
         self._done: set[int] = set()  # gradients that are corrected and unscaled, by identity
         self._correction: float | Tensor | None = None
         self.steps = 1  # micro-batches of a full window
+        self._shares_weight = False
         self._num_forward = 0  # forward calls of the models before the last backward
         self._cursor: Cursor | None = None
         self._first_index = -1
@@ -143,6 +144,8 @@ class Window:
             raise StepError(_what_is_wrong(loss, bool(self._frozen)))
         if self._synchronises:
             self._check_forward()
+        if self._cursor is None and self._shares_weight:
+            self.accumulation.sources.refuse_kept(weighed=weight is not None)
         factor = self.weighting.factor(self._cursor, weight, again=self.num_backward > 0)
         self.num_backward += 1
         for observer in self.accumulation.observers:
@@ -291,6 +294,7 @@ class Window:
         if self.scaler is not None:
             self.scaler.begin_window()
         self.steps = steps
+        self._shares_weight = steps * self._world.size > 1  # alone in its window, a micro-batch is its own mean
         self._first_index = cursor.index if cursor is not None else -1
         self.weighting.begin(cursor, steps)
         self._correction = None

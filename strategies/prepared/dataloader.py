@@ -131,6 +131,7 @@ class DataLoaderLink:
         )
         sources.open(cursor)
         cursor.is_open = True
+        num_forward = accumulation.num_forward
         try:
             if isinstance(source, Stream):
                 yield from self._stream(source, make_iterator, cursor, resumed=begin.stream.is_begun)
@@ -142,12 +143,15 @@ class DataLoaderLink:
                     assert cut is not None
                     is_grad_enabled, mark_step = torch.is_grad_enabled, accumulation.strategy.mark_step
                     final = cut.num_batches - 1
+                    before_last = final - 1
                     for index, batch in enumerate(self._watched(batches)):
                         cursor.index, cursor.is_last = index, index == final  # `advance`, without its call
                         cursor.grad_enabled = is_grad_enabled()
                         sources.latest = cursor
                         for observer in observers:
                             observer.batch_taken(cursor, batch)
+                        if index == before_last:
+                            cursor.remember(batch)
                         yield batch
                         if cursor.last_trained != index:
                             mark_step(world)
@@ -156,6 +160,7 @@ class DataLoaderLink:
             if cut is not None:
                 self._check_number(cursor, cut.num_batches)
             cursor.finished = True
+            cursor.num_forward = accumulation.num_forward - num_forward
         except Exception as error:
             sources.fail(error, self._note(error, cursor))
             raise
@@ -212,6 +217,8 @@ class DataLoaderLink:
             mine = index > final or cursor.cut.local_samples(index, cursor.rank) > 0
             cursor.samples_seen = (num_samples(batch) or 1) if mine else 0
             advance(cursor, index, index == final)
+            if index == final - 1:
+                cursor.remember(batch)
             for observer in self.accumulation.observers:
                 observer.batch_taken(cursor, batch)
             yield batch
@@ -250,6 +257,8 @@ class DataLoaderLink:
             cursor.had_ghosts |= 0 in step.sizes
             source.take(step.taken)
             accumulation.sources.advance(cursor, cursor.index + 1, step.is_last)
+            if cursor.index == 1 and not step.is_last:
+                cursor.remember(batch)
             for observer in accumulation.observers:
                 observer.batch_taken(cursor, batch)
             yield batch

@@ -37,6 +37,7 @@ class PreparedModel(View):
         # Without gradients there is nothing to synchronise, and ranks may call as often as they like.
         if link.bypass or not torch.is_grad_enabled():
             module = link.original
+            link.num_past += 1
         else:
             module = link.wrapped
             link.num_forward += 1
@@ -92,6 +93,7 @@ class ModelLink:
         self.name = type(original).__name__  # wrapping may change the class
         self.accumulation = accumulation
         self.num_forward = 0  # forward calls that recorded gradients
+        self.num_past = 0  # the others, which go past the wrapper
         self.bypass = False  # whether calls go past the wrapper, because another window is open
         self._names = {id(parameter): (name, ref(parameter)) for name, parameter in original.named_parameters()}
         strategy, world, precision = accumulation.strategy, accumulation.world, accumulation.precision
