@@ -18,7 +18,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from .errors import CollectiveError, ConfigurationError, LaunchError, PeerLostError
+from .errors import AcceleratorError, CollectiveError, ConfigurationError, LaunchError, PeerLostError
 from .world import World
 
 _ROLL_CALL_SECONDS = 3.0
@@ -218,7 +218,9 @@ def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None
 
     Ranks that are alive answer a roll call in the job's store within a few seconds; the others are lost.
     """
-    if world.size == 1 or not _LOST_CONNECTION.search(str(error)) or not dist.is_initialized():
+    if world.size == 1 or isinstance(error, AcceleratorError) or not _LOST_CONNECTION.search(str(error)):
+        return None
+    if not dist.is_initialized():
         return None
     first_line = str(error).strip().splitlines()[0][:200]
     try:

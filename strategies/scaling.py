@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .process_group import named_failures
 from .shards import is_sharded, local
 from .world import World
 
@@ -47,7 +48,8 @@ class LossScaler:
         found = self._scaler._per_optimizer_states[id(holder)]["found_inf_per_device"]
         verdict = sum(found.values(), torch.zeros((), device=self._world.device))
         if self._world.size > 1:
-            dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
+            with named_failures(self._world):
+                dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
         found[self._world.device] = verdict  # for update(), which all ranks do alike
         self._overflowed[optimizer] = verdict
 

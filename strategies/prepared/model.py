@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from ..errors import PrepareError, StateError, StepError, listed
+from ..process_group import explain_lost_peer
 from ..sharded_model import explain_forward, refuse_conversion, release_gathered
 from ..shards import is_quantized, is_sharded
 from .view import View, make_view
@@ -47,8 +48,10 @@ class PreparedModel(View):
             accumulation = link.accumulation
             with accumulation.strategy.autocast(accumulation.world, accumulation.precision):
                 return module(*args, **kwargs)
-        except RuntimeError as error:
-            reason = explain_forward(link.original, error) if link.sharded_parameters else None
+        except RuntimeError as error:  # ranks meet in forward too: FSDP gathers, DDP agrees on buckets and buffers
+            reason = explain_lost_peer(link.accumulation.world, error)
+            if reason is None and link.sharded_parameters:
+                reason = explain_forward(link.original, error)
             if reason is None:
                 raise
             raise reason from error

@@ -7,10 +7,13 @@ import re
 import signal
 import socket
 import time
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from accelerator import Accelerator
 from fresh_process import FreshProcesses
@@ -183,6 +186,66 @@ def test_a_rank_that_is_gone_is_named_and_no_other(ranks: RankPool, fate: str, n
     for seconds in results[:1] + results[2:]:
         assert isinstance(seconds, float), seconds
         assert seconds < 6
+
+
+class Breaking(Dataset[Tensor]):
+    """Samples, the read of one of which ends its rank."""
+
+    def __init__(self, fate: str, broken: int) -> None:
+        self.fate, self.broken = fate, broken
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == self.broken:
+            if self.fate == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("a broken sample")
+        return torch.full((3,), index / 24)
+
+
+def train_until_lost(strategy: str, precision: Any, fate: str, broken: int) -> str:
+    """Rank 1 goes while it reads a sample, or between backward and step where none is broken."""
+    accelerator = Accelerator(strategy, mixed_precision=precision)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(Breaking(fate, broken), batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+    def loop() -> None:
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch).mean())
+                if broken < 0 and accelerator.process_index:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    if accelerator.process_index:
+        loop()
+    with pytest.raises(PeerLostError) as raised:
+        loop()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "fate", "broken"),
+    [
+        ("ddp", "no", "dies", 6),  # DDP rebuilds its buckets in the second forward
+        ("ddp", "no", "raises", 6),
+        ("fsdp", "no", "dies", 18),  # gathers parameters in forward
+        ("ddp", "fp16", "dies", -1),  # agrees on overflow
+    ],
+)
+def test_a_rank_lost_anywhere_in_the_step_is_named(
+    ranks: RankPool, strategy: str, precision: str, fate: str, broken: int
+) -> None:
+    message, _ = ranks(train_until_lost, strategy, precision, fate, broken, return_exceptions=True)
+    assert isinstance(message, str), message
+    assert "rank 1 left" in message
+    if fate == "raises":
+        assert "it had raised reading batch 1 of epoch 0, samples [6, 7]: ValueError: a broken sample" in message
 
 
 DATASET = """
