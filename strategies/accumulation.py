@@ -41,7 +41,7 @@ class Accumulation:
         self.step_world = world  # the ranks whose samples one step averages over; `LocalSGD` makes it this one
         self.precision = precision
         self.steps_for = steps_for
-        self.sources = Sources(world)
+        self.sources = Sources(world, self._steps_alike)
         self.models: list[ModelLink] = []
         self.optimizers: list[OptimizerLink] = []
         self.schedulers: list[SchedulerLink] = []
@@ -78,6 +78,10 @@ class Accumulation:
     def steps_taken(self) -> int:
         """Optimizer steps really taken, of the optimizer that has taken most; 0 without any."""
         return max((optimizer.num_steps for optimizer in self.optimizers), default=0)
+
+    def _steps_alike(self) -> list[int]:
+        """Steps taken by each optimizer, which must be as many on all ranks; of none while each trains alone."""
+        return [] if self.trains_alone else [optimizer.num_steps for optimizer in self.optimizers]
 
     @property
     def num_forward(self) -> int:
@@ -157,7 +161,7 @@ class Accumulation:
         for held in (self.models, self.optimizers, self.schedulers, self.loaders, self.given, self.observers):
             held.clear()
         self.current = self.latest = None
-        self.sources = Sources(self.world)
+        self.sources = Sources(self.world, self._steps_alike)
 
     def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
         """Loss scales and mean weights of all windows, by the names of their models (`names`, by identity).

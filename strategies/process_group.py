@@ -248,7 +248,8 @@ def explain_lost_peer(world: World, error: RuntimeError) -> PeerLostError | None
             return None
         return PeerLostError(
             f"rank {world.rank} waited in a collective until the timeout although every rank is alive: they are in "
-            "different calls. Does one of them break, continue or branch where others do not? The backend said: "
+            "different calls. Does one of them break, continue, branch or give weight= where others do not? "
+            "hang_timeout=120 ends such a wait early and says where each rank is. The backend said: "
             f"{first_line}"
         )
     told = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -154,8 +155,9 @@ class Cursor:
 class Sources:
     """The passes over prepared loaders that one Accelerator's loop has open, outermost first."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, steps_taken: Callable[[], Sequence[int]] = tuple) -> None:
         self._world = world
+        self._steps_taken = steps_taken  # by each optimizer, the same on all ranks
         self._open: list[Cursor] = []
         self.latest: Cursor | None = None  # the last one that gave a batch, open or not
         self._left_words = False
@@ -276,25 +278,20 @@ class Sources:
         return cursor in self._open
 
     def verify(self, cursor: Cursor) -> None:
-        """Check once per pass that every rank is at the same place of it. Collective; raises `DataError`."""
+        """Check once per pass that every rank is at the same place of it, and has stepped as often. Collective.
+
+        Raises `DataError` or `StepError`, on every rank.
+        """
         if cursor.verified:
             return
         cursor.verified = True
         start = 0 if cursor.cut is None else cursor.cut.start
-        place = (cursor.seed, cursor.epoch, cursor.index, start)
+        place = (cursor.seed, cursor.epoch, cursor.index, start, tuple(self._steps_taken()))
         brought = zlib.crc32(repr(place).encode()) << 31 | cursor.samples  # both in one exchange
         told = collectives.meet("the first batch of a pass over a loader", self._world, brought)
         cursor.mean_samples = sum(each % 2**31 for each in told) / self._world.size
         if any(each >> 31 != told[0] >> 31 for each in told):
-            places = "; ".join(
-                f"rank {rank}: epoch {epoch}, batch {index}" + (f" after position {start}" if start else "")
-                for rank, (_, epoch, index, start) in enumerate(collectives.all_gather_objects(place, self._world))
-            )
-            raise DataError(
-                f"ranks are at different places of the loader over {_describe(cursor)} ({places}). It was iterated to "
-                "its end, or trained on, by some ranks only, or they loaded different positions: iterate it on every "
-                "rank, or on a loader of its own."
-            )
+            _refuse_apart(collectives.all_gather_objects(place, self._world), cursor)
 
     def _of(self, loader: DataLoader[Any]) -> Cursor:
         for cursor in self._open:
@@ -310,3 +307,23 @@ def _describe(cursor: Cursor) -> str:
     dataset = type(getattr(cursor.loader, "dataset", None)).__name__
     size = f" of {cursor.cut.length} samples" if isinstance(cursor.cut, Cut) else ""
     return f"{dataset}{size} (batch {cursor.index})"
+
+
+def _refuse_apart(places: Sequence[tuple[int, int, int, int, tuple[int, ...]]], cursor: Cursor) -> None:
+    """Raise for what ranks differ in, of seed, epoch, batch, position and steps taken."""
+    if any(place[:4] != places[0][:4] for place in places):
+        told = "; ".join(
+            f"rank {rank}: epoch {epoch}, batch {index}" + (f" after position {start}" if start else "")
+            for rank, (_, epoch, index, start, _) in enumerate(places)
+        )
+        raise DataError(
+            f"ranks are at different places of the loader over {_describe(cursor)} ({told}). It was iterated to "
+            "its end, or trained on, by some ranks only, or they loaded different positions: iterate it on every "
+            "rank, or on a loader of its own."
+        )
+    told = "; ".join(f"rank {rank}: {', '.join(map(str, place[4]))}" for rank, place in enumerate(places))
+    raise StepError(
+        f"ranks have taken different numbers of optimizer steps ({told}), so that their weights differ since: one of "
+        "them left optimizer.step() out. Call it on every rank; what decides to skip an update must be the same on all "
+        "of them, as accelerator.reduce(value) is."
+    )
