@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strategies import World, collectives
+from strategies import ConfigurationError, World, collectives
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def first(goes_first: bool, world: World) -> Iterator[None]:
 
 @contextmanager
 def split(inputs: Any, world: World, *, apply_padding: bool = False) -> Iterator[Any]:
-    """This rank's contiguous share of a list, tuple, tensor (along dimension 0) or mapping of those.
+    """This rank's contiguous share of a list, tuple, range, tensor (along dimension 0) or mapping of those.
 
     The lengths of shares differ by at most one, the longer ones first. `apply_padding` repeats the last
     element so that all are equally long. Not a collective.
@@ -44,11 +44,14 @@ def _share(inputs: Any, world: World, apply_padding: bool) -> Any:
     if isinstance(inputs, Mapping):
         lengths = {key: len(value) for key, value in inputs.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"split_between_processes got values of different lengths: {lengths}; expected one length")
+            raise ConfigurationError(
+                f"split_between_processes got values of different lengths: {lengths}; expected one length"
+            )
         return {key: _share(value, world, apply_padding) for key, value in inputs.items()}
-    if not isinstance(inputs, list | tuple | Tensor | np.ndarray):
-        raise TypeError(
-            f"split_between_processes got {type(inputs).__name__}; expected a list, tuple, tensor, array or mapping"
+    if not isinstance(inputs, list | tuple | range | Tensor | np.ndarray):
+        raise ConfigurationError(
+            f"split_between_processes got {type(inputs).__name__} {inputs!r:.60}; expected a list, tuple, range, "
+            "tensor, array or mapping. Of a dataset, split the indices: range(len(dataset))."
         )
     each, more = divmod(len(inputs), world.size)
     start = world.rank * each + min(world.rank, more)
@@ -60,7 +63,7 @@ def _share(inputs: Any, world: World, apply_padding: bool) -> Any:
         return torch.cat([share, last])
     if isinstance(share, np.ndarray):
         return np.concatenate([share, last])
-    return [*share, *last] if isinstance(share, list) else (*share, *last)
+    return (*share, *last) if isinstance(share, tuple) else [*share, *last]
 
 
 def seed_everything(seed: int) -> None:

@@ -115,7 +115,7 @@ class Ranks:
         return processes.first(self._world.is_local_main, self._world)
 
     def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
-        """This rank's contiguous share of a list, tuple, tensor, array, or mapping of them. Not a collective.
+        """This rank's contiguous share of a list, tuple, range, tensor, array, or mapping of them. Not a collective.
 
         `apply_padding` repeats the last element so that all shares are equally long.
         """

@@ -57,7 +57,10 @@ class Accumulation:
 
     def window(self, models: tuple[nn.Module, ...] = ()) -> Window:
         """The window of these prepared models; of all of them without any."""
-        window = self._windows.get(models)
+        try:
+            window = self._windows.get(models)
+        except TypeError:  # not hashable, such as a list of models: `link` says what is wrong with it
+            window = None
         if window is None:
             named = [self.link(model) for model in models] or self.models
             links = tuple(link for link in self.models if link in named)  # in whatever order they were named
@@ -71,7 +74,8 @@ class Accumulation:
             if known in self.models:
                 return known
         raise StepError(
-            f"{class_name(model)} was not prepared by this Accelerator. Use the model that prepare() returned."
+            f"{class_name(model)} was not prepared by this Accelerator. Use the model that prepare() returned; "
+            "name several one after the other: accumulate(first, second)."
         )
 
     @property

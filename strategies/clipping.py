@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import StepError
 from .shards import is_sharded, local, sum_over_shards
 
 
@@ -24,6 +26,7 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, norm_type: flo
     on every rank. Follows Pascanu et al. 2013, arXiv:1211.5063, section 3.2, as
     `torch.nn.utils.clip_grad_norm_` does.
     """
+    _check_bound("max_norm", max_norm)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(is_sharded(gradient) for gradient in gradients):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
@@ -50,7 +53,14 @@ def total_norm(parameters: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
 
 def clip_grad_value(parameters: Sequence[Tensor], clip_value: float) -> None:
     """Clamp every element of the gradients, in place, to [-clip_value, clip_value]."""
+    _check_bound("clip_value", clip_value)
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if gradients:
         torch._foreach_clamp_min_(gradients, -float(clip_value))
         torch._foreach_clamp_max_(gradients, float(clip_value))
+
+
+def _check_bound(name: str, bound: float) -> None:
+    """Raise `StepError` for what would turn gradients around, or clip nothing in silence. A tensor is not looked at."""
+    if not isinstance(bound, Tensor) and not (isinstance(bound, Real) and bound >= 0):  # NaN is not >= 0
+        raise StepError(f"{name} is {bound!r}; expected a number >= 0. {name}=float('inf') clips nothing.")

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from .errors import AcceleratorError, CollectiveError, ConfigurationError, LaunchError, PeerLostError
+from .errors import AcceleratorError, CollectiveError, ConfigurationError, LaunchError, PeerLostError, nearest
 from .world import World
 
 _ROLL_CALL_SECONDS = 3.0
@@ -113,6 +113,18 @@ def _default_backend(device: torch.device) -> str:
         ) from error
 
 
+def _check_backend(backend: str) -> None:
+    """Raise `ConfigurationError` for a name, of one backend or in "cpu:gloo,cuda:nccl", that this torch has not."""
+    there = [name for name in dist.Backend.backend_list if name != "undefined" and dist.is_backend_available(name)]
+    real = [name for name in there if name != "fake"]  # torch's own, for tests
+    for name in (part.rpartition(":")[2] for part in backend.split(",")):
+        if name.lower() not in there:
+            raise ConfigurationError(
+                f"backend is {backend!r}; expected one of {', '.join(real)}, which this torch has, or one for each "
+                f"kind of device, as 'cpu:gloo,cuda:nccl'.{nearest(name, real)}"
+            )
+
+
 def join(device: str, backend: str | None, timeout: timedelta) -> World:
     """Join the process group that the environment describes, or find this process's place in the joined one.
 
@@ -124,6 +136,7 @@ def join(device: str, backend: str | None, timeout: timedelta) -> World:
         if backend is None:
             default = _default_backend(picked)
             backend = default if picked.type == "cpu" else f"cpu:gloo,{picked.type}:{default}"
+        _check_backend(backend)
         dist.init_process_group(
             backend,
             store=_store(placement, timeout),

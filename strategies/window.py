@@ -140,7 +140,7 @@ class Window:
 
     def backward(self, loss: Tensor, weight: float | Tensor | None, arguments: dict[str, Any]) -> None:
         """Run backward of `loss`, a mean over the samples of this micro-batch, with its weight in the window."""
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad or loss.is_complex():
             raise StepError(_what_is_wrong(loss, bool(self._frozen)))
         if self._synchronises:
             self._check_forward()
@@ -366,6 +366,8 @@ def _what_is_wrong(loss: Any, frozen: bool) -> str:
         return f"loss is {type(loss).__name__}; expected a scalar tensor with a gradient (not its .item())"
     if loss.numel() != 1:
         return f"loss has shape {tuple(loss.shape)}; expected a scalar: the mean over the samples of this micro-batch"
+    if loss.is_complex():
+        return f"loss is a complex number ({loss.dtype}); expected a real one, such as its .abs() or .real"
     if frozen:
         return (
             "loss carries no gradient. Is it a loss of a model that accumulate() does not name? Name all that it "

@@ -34,9 +34,12 @@ class Form:
     words: str
 
 
-def setting(default: T, help_text: str, *, minimum: int | None = None, form: Form | None = None) -> T:
-    """A dataclass field with what its flag's help and its validation need; `minimum` bounds a number from below."""
-    return field(default=default, metadata={"help": help_text, "minimum": minimum, "form": form})
+def setting(
+    default: T, help_text: str, *, minimum: int | None = None, maximum: int | None = None, form: Form | None = None
+) -> T:
+    """A dataclass field with what its flag's help and its validation need; a number is bounded by the two."""
+    metadata = {"help": help_text, "minimum": minimum, "maximum": maximum, "form": form}
+    return field(default=default, metadata=metadata)
 
 
 NODES = Form(r"[1-9]\d*(:[1-9]\d*)?", "a number of nodes >= 1, or MIN:MAX")
@@ -82,7 +85,9 @@ class Settings:
     split_batches: bool = setting(False, "the loader's batch size is that of all processes together")
     dispatch_batches: bool = setting(False, "rank 0 alone reads iterable datasets and sends the others their batches")
     seed_samples: bool = setting(False, "the random draws of a sample depend on seed, epoch and index alone")
-    seed: int | None = setting(None, "seed of every random number generator and of the order of the data", minimum=0)
+    seed: int | None = setting(
+        None, "seed of every random number generator and of the order of the data", minimum=0, maximum=2**64 - 1
+    )
     project_dir: str | None = setting(None, "where checkpoints and logs go, and accelerator.toml is looked for")
     trackers: tuple[str, ...] = setting(
         ("jsonl",), "what keeps the values that a loop logs: names, or package.module:Class"

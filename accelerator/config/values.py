@@ -31,19 +31,19 @@ class Given:
     kind: Literal["file", "text", "code"]
 
 
-def describe(hint: object, *, minimum: object = None, form: str | None = None) -> str:
+def describe(hint: object, *, minimum: object = None, maximum: object = None, form: str | None = None) -> str:
     """What a value of the type `hint` looks like, in words; `form` stands for a text of some form."""
     arguments, origin = get_args(hint), get_origin(hint)
     if origin is Literal:
         return "one of " + ", ".join(repr(option) for option in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(describe(part, minimum=minimum, form=form) for part in arguments)
+        return " or ".join(describe(part, minimum=minimum, maximum=maximum, form=form) for part in arguments)
     if origin in (tuple, list, set, frozenset):
         inner = " or ".join(describe(part) for part in dict.fromkeys(arguments) if part is not Ellipsis)
         return f"a list of {inner}"
     words = NAMES.get(hint, getattr(hint, "__name__", str(hint))) if isinstance(hint, type) else str(hint)
     if minimum is not None and hint in (int, float):
-        return f"{words} >= {minimum}"
+        return f"{words} >= {minimum}" + (f" and <= {maximum}" if maximum is not None else "")
     return form if form is not None and hint is str else words
 
 
@@ -52,18 +52,20 @@ def convert(name: str, given: Given, hint: object, metadata: Mapping[str, Any]) 
 
     Raises `ConfigurationError` with the name, the value, its origin and what was expected.
     """
-    minimum, form = metadata.get("minimum"), metadata.get("form")
+    minimum, maximum, form = metadata.get("minimum"), metadata.get("maximum"), metadata.get("form")
+    below = True
     try:
         value = _validate(given, hint)
     except (ValueError, TypeError):  # a TypeError comes from a TOML date, which JSON has not
         valid = False
     else:
+        below = maximum is None or not isinstance(value, int) or value <= maximum
         valid = (minimum is None or not isinstance(value, (int, float)) or value >= minimum) and (
             form is None or not isinstance(value, str) or re.fullmatch(form.pattern, value) is not None
         )
-    if valid:
+    if valid and below:
         return value
-    expected = describe(hint, minimum=minimum, form=form.words if form else None)
+    expected = describe(hint, minimum=minimum, maximum=None if below else maximum, form=form.words if form else None)
     choices = [option for option in _literals(hint) if isinstance(option, str)]
     did_you_mean = nearest(given.value, choices) if isinstance(given.value, str) else ""
     raise ConfigurationError(f"{name} is {given.value!r} ({given.origin}); expected {expected}.{did_you_mean}")

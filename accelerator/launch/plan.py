@@ -140,22 +140,27 @@ def _flags(request: Request, directory: Path) -> dict[str, str]:
 def check_target(request: Request, directory: Path) -> None:
     """Raises `LaunchError` if there is no such script or module; no module is imported to find out."""
     if not request.is_module:
-        if not (directory / request.target).exists():
+        path = directory / request.target
+        if path.is_dir() and not (path / "__main__.py").is_file():
+            raise LaunchError(
+                f"script is {request.target!r}, a folder without a __main__.py; expected the path of a Python script."
+            )
+        if not path.exists():
             near = " A module is started with -m." if "/" not in request.target else ""
             raise LaunchError(
                 f"script is {request.target!r}, and {directory} has no such file; expected the path of a Python "
                 f"script.{near if not request.target.endswith('.py') else ''}"
             )
         return
-    path: Sequence[str] | None = [str(directory), *sys.path]
+    within: Sequence[str] | None = [str(directory), *sys.path]
     for part in request.target.split("."):
-        found = importlib.machinery.PathFinder.find_spec(part, path) if path is not None else None
+        found = importlib.machinery.PathFinder.find_spec(part, within) if within is not None else None
         if found is None:
             raise LaunchError(
                 f"module is {request.target!r}, and {part!r} is not found; expected the name of a module that is "
                 f"installed or lies under {directory}."
             )
-        path = found.submodule_search_locations
+        within = found.submodule_search_locations
 
 
 def cores_here() -> int:

@@ -384,3 +384,11 @@ def test_the_reference_page_lists_every_setting_with_its_flag_variable_default_a
         default = shown.get(str(item.default), str(item.default))
         row = [name.rpartition(".")[2], flag_of(name), variable_of(name), default]
         assert "| " + " | ".join(f"`{cell}`" for cell in row) + f" | {item.metadata['help']} |\n" in page
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    assert resolve({"seed": 2**64 - 1}).settings.seed == 2**64 - 1
+    with pytest.raises(
+        ConfigurationError, match=r"seed is 18446744073709551616 \(code\); expected an integer >= 0 and <="
+    ):
+        resolve({"seed": 2**64})

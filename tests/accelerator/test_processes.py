@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelerator.processes import seed_apart, seed_everything, split
-from strategies import World
+from strategies import ConfigurationError, World
 
 KINDS: dict[str, Any] = {"list": list, "tuple": tuple, "tensor": torch.tensor, "array": np.array}
 
@@ -53,14 +53,18 @@ def test_a_mapping_is_split_value_by_value() -> None:
 
 
 def test_values_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"values of different lengths: \{'a': 1, 'b': 2\}"):
+    with pytest.raises(ConfigurationError, match=r"values of different lengths: \{'a': 1, 'b': 2\}"):
         shares({"a": [1], "b": [1, 2]}, 2, False)
 
 
 @pytest.mark.parametrize("inputs", ["text", 3, {1, 2}])
 def test_what_cannot_be_split_is_named(inputs: Any) -> None:
-    with pytest.raises(TypeError, match=f"split_between_processes got {type(inputs).__name__}; expected a list"):
+    with pytest.raises(ConfigurationError, match=f"split_between_processes got {type(inputs).__name__} .*; expected a"):
         shares(inputs, 2, False)
+
+
+def test_a_range_is_split() -> None:
+    assert [list(share) for share in shares(range(5), 2, True)] == [[0, 1, 2], [3, 4, 4]]
 
 
 def draw() -> tuple[float, float, float]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from accelerator import Accelerator
 from fresh_process import FreshProcesses
 from rank_pool import RankPool
-from strategies import DDP, LaunchError, PeerLostError, World
+from strategies import DDP, ConfigurationError, LaunchError, PeerLostError, World
 from strategies.process_group import Placement, read_environment
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -286,3 +286,9 @@ def test_an_exception_in_the_dataset_of_one_rank_is_told_to_the_others(fresh: Fr
     assert "sample 9 is broken" in waiting.stdout
     assert waiting.seconds - failing.seconds < 6
     assert (failing.returncode, waiting.returncode) == (3, 3)
+
+
+@pytest.mark.parametrize("backend", ["glooo", "cpu:glooo", "mpi", ""])
+def test_a_backend_that_is_not_there_is_named(backend: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"backend is '{backend}'; expected one of .*gloo"):
+        DDP(device="cpu", backend=backend).setup()

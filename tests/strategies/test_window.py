@@ -111,6 +111,7 @@ def test_a_weight_that_is_no_count_is_refused(weight: Any) -> None:
         ("no_grad", "loss carries no gradient. Was it detached, computed under torch.no_grad"),
         ("number", "loss is float; expected a scalar tensor"),
         ("tuple", "loss is tuple; expected a scalar tensor"),
+        ("complex", r"loss is a complex number \(torch.complex128\); expected a real one"),
     ],
 )
 @pytest.mark.parametrize("inside", [True, False])
@@ -125,6 +126,7 @@ def test_a_loss_that_is_none_is_refused(kind: str, message: str, inside: bool) -
         "no_grad": silent,
         "number": losses.mean().item(),
         "tuple": (losses.mean(),),
+        "complex": losses.mean() * 1j,
     }[kind]
     if inside:
         with accelerator.accumulate(model), pytest.raises(StepError, match=message):
@@ -200,6 +202,19 @@ def test_clipping_strangers_is_refused() -> None:
             clip(make_model().parameters(), 1.0)
 
 
+@pytest.mark.parametrize("bound", [-1.0, float("nan"), "1", None])
+def test_a_bound_that_clips_nothing_or_turns_gradients_is_refused(bound: Any) -> None:
+    accelerator, model, _, loader = prepared(Case())
+    x, y, _ = next(iter(loader))
+    with accelerator.accumulate(model):
+        accelerator.backward(sample_losses(model, x, y).mean())
+        with pytest.raises(StepError, match=rf"max_norm is {bound!r}; expected a number >= 0"):
+            accelerator.clip_grad_norm_(model.parameters(), bound)
+        with pytest.raises(StepError, match=rf"clip_value is {bound!r}; expected a number >= 0"):
+            accelerator.clip_grad_value_(model.parameters(), bound)
+        assert accelerator.clip_grad_norm_(model.parameters(), float("inf")) is not None
+
+
 # -- entering and leaving --------------------------------------------------------------------------------------
 
 
@@ -215,6 +230,12 @@ def test_the_users_own_model_is_refused() -> None:
     accelerator.prepare(model)
     with pytest.raises(StepError, match=r"Use the model that prepare\(\) returned"):
         accelerator.accumulate(model)
+
+
+def test_a_list_of_models_is_refused() -> None:
+    accelerator, model, *_ = prepared(Case())
+    with pytest.raises(StepError, match=r"list was not prepared .* accumulate\(first, second\)"):
+        accelerator.accumulate([model])
 
 
 def test_nesting_is_refused() -> None:

@@ -93,6 +93,7 @@ def test_the_command_ends_with_the_script_and_its_arguments(folder: Path) -> Non
             "node_rank is not set, and rdzv_backend is 'static' (--rdzv-backend); expected --node-rank 0 on one node, ",
         ),
         (["gone.py"], "script is 'gone.py', and "),
+        (["pkg"], "script is 'pkg', a folder without a __main__.py; expected the path"),
         (["-m", "pkg.gone"], "module is 'pkg.gone', and 'gone' is not found; expected the name of a module that is "),
         (["-m", "gone.train"], "module is 'gone.train', and 'gone' is not found; expected the name of a module that "),
         (
