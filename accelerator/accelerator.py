@@ -482,13 +482,17 @@ class Accelerator(Ranks):
         """What was asked and what runs, every setting with its origin. Print it; not a collective."""
         return explain(self._resolved, self._strategy_name, self._accumulation, self._arithmetic)
 
-    def free_memory(self) -> None:
-        """Let go of everything prepared, and return cached device memory. What was prepared is unusable after."""
+    def free_memory(self, *objects: Any) -> list[None]:
+        """Let go of everything prepared, and return cached device memory. What was prepared is unusable after.
+
+        Returns a `None` for each of `objects`, whatever they are: `model, loader = free_memory(model, loader)`.
+        """
         self._accumulation.release()
         self._record.watch()
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
+        return [None] * len(objects)
 
     def end_training(self) -> None:
         """Let go of everything prepared and leave the process group. Every rank; done at exit otherwise."""

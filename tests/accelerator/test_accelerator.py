@@ -235,6 +235,17 @@ def test_freed_memory_is_free() -> None:
         accelerator.backward(model(torch.ones(1, 1)).mean())
 
 
+def test_what_is_given_to_free_memory_is_let_go_of() -> None:
+    accelerator = Accelerator(strategy="cpu")
+    model = nn.Linear(1, 1)
+    held = weakref.ref(model)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    model, optimizer = accelerator.free_memory(model, optimizer)
+    gc.collect()
+    assert (model, optimizer, held()) == (None, None, None)
+    assert accelerator.free_memory() == []
+
+
 def end_twice() -> bool:
     accelerator = Accelerator(strategy="ddp")
     model = accelerator.prepare(nn.Linear(1, 1))
