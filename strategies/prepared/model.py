@@ -49,7 +49,7 @@ class PreparedModel(View):
             with accumulation.strategy.autocast(accumulation.world, accumulation.precision):
                 return module(*args, **kwargs)
         except RuntimeError as error:  # ranks meet in forward too: FSDP gathers, DDP agrees on buckets and buffers
-            reason = explain_lost_peer(link.accumulation.world, error)
+            reason: Exception | None = explain_lost_peer(link.accumulation.world, error)
             if reason is None and link.sharded_parameters:
                 reason = explain_forward(link.original, error)
             if reason is None:
