@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Sampler
+import torch
+from torch.utils.data import Sampler, WeightedRandomSampler
 
 from .errors import DataError
 from .randomness import derive, seeded
@@ -54,7 +56,7 @@ class DrawnOrder(Order):
         self._marks_repeats = marks_repeats
         self._of_batches = of_batches
         self._epoch: int | None = None
-        self._digest = 0
+        self.digest = 0
         self._state: dict[str, Any] = {}  # of the sampler, before it drew the epoch at hand
         self._pending: dict[str, Any] | None = None  # what was restored and not begun
 
@@ -71,6 +73,7 @@ class DrawnOrder(Order):
         if "sampler" in pending:
             sampler.load_state_dict(pending["sampler"])
         self._state = _state_of(sampler)
+        check_weights(sampler)
         with seeded(derive(self.seed, epoch), sampler, self._generator):
             if callable(getattr(sampler, "set_epoch", None)):
                 sampler.set_epoch(epoch)
@@ -82,8 +85,8 @@ class DrawnOrder(Order):
                 f"{self.kind} {what}, and had length {self.length} when its loader was prepared. A sampler must give "
                 "as many as its __len__ says, the same in every epoch; prepare a new loader where that changes."
             )
-        self.drawn, self._digest = _packed(drawn)
-        if pending.get("digest", self._digest) != self._digest:
+        self.drawn, self.digest = _packed(drawn)
+        if pending.get("digest", self.digest) != self.digest:
             raise DataError(
                 f"{self.kind} gave another order for epoch {epoch} than in the run whose position was loaded, so what "
                 "is left of the epoch cannot be known. Is it over the same data and weights? A sampler must draw from "
@@ -109,7 +112,7 @@ class DrawnOrder(Order):
         """The digest of `epoch` if it was drawn, and the sampler's own state before that."""
         if self._pending is not None:
             return self._pending
-        return {"digest": self._digest} | self._state if epoch == self._epoch else _state_of(self.sampler)
+        return {"digest": self.digest} | self._state if epoch == self._epoch else _state_of(self.sampler)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Draw the epoch to come as it was drawn when `state` was taken."""
@@ -215,6 +218,22 @@ class ListedBatchSampler(Sampler[list[Any]]):
             yield self.batch(number) or self._batches[number * self.cut.together][:1]
 
 
+def check_weights(sampler: Any) -> None:
+    """Raise `DataError` for weights that no order can be drawn by, of a sampler or of the one in a batch sampler."""
+    for drawn in (sampler, getattr(sampler, "sampler", None)):
+        if not isinstance(drawn, WeightedRandomSampler):
+            continue
+        weights = torch.as_tensor(drawn.weights, dtype=torch.double)
+        wrong = torch.nonzero(~torch.isfinite(weights) | (weights < 0)).flatten().tolist()
+        if wrong or not weights.any():
+            which = f"weight {wrong[0]} is {weights[wrong[0]].item()}" if wrong else "all weights are 0"
+            raise DataError(
+                f"{type(drawn).__name__}: {which}"
+                + (f", and {len(wrong) - 1} others are wrong too" if len(wrong) > 1 else "")
+                + ". Weights must be finite and >= 0, and some above 0."
+            )
+
+
 def _state_of(sampler: Any) -> dict[str, Any]:
     if callable(getattr(sampler, "state_dict", None)) and callable(getattr(sampler, "load_state_dict", None)):
         return {"sampler": copy.deepcopy(sampler.state_dict())}
@@ -226,7 +245,7 @@ def _packed(drawn: list[Any]) -> tuple[Sequence[Any] | npt.NDArray[np.int64], in
     if all(isinstance(index, int | np.integer) and not isinstance(index, bool) for index in drawn):
         array = np.array(drawn, dtype=np.int64)
         return array, zlib.crc32(array.tobytes())
-    return drawn, zlib.crc32(repr(drawn).encode())
+    return drawn, zlib.crc32(re.sub(r" at 0x[0-9a-f]+>", ">", repr(drawn)).encode())
 
 
 def _marked(drawn: Sequence[Any], counts: dict[Any, int]) -> list[Any]:

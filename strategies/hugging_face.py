@@ -26,6 +26,11 @@ def part_of_rank(dataset: Any, world: World) -> Any:
     """What this rank reads of the dataset. Collective; raises `DataError` where ranks would not shuffle alike."""
     if world.size == 1:
         return dataset
+    if getattr(dataset, "_distributed", None) is not None:
+        raise DataError(
+            f"{type(dataset).__name__} is already cut by split_dataset_by_node, and cutting its part again would lose "
+            "samples. Give prepare() the whole dataset."
+        )
     if len(set(collectives.all_gather_objects(draws_of(dataset), world))) > 1:
         raise DataError(
             f"{type(dataset).__name__} is shuffled with another seed on every rank, so that samples come twice or "
@@ -34,6 +39,18 @@ def part_of_rank(dataset: Any, world: World) -> Any:
     from datasets.distributed import split_dataset_by_node
 
     return split_dataset_by_node(dataset, rank=world.rank, world_size=world.size)
+
+
+def version_of(dataset: Any) -> str:
+    """What that package calls the content of a map-style dataset; nothing for others."""
+    known = type(dataset).__module__.partition(".")[0] == "datasets" and not is_hugging_face(dataset)
+    return str(getattr(dataset, "_fingerprint", "")) if known else ""
+
+
+def indices_of(dataset: Any) -> Any:
+    """The rows that a map-style dataset was shuffled or selected to, in a numpy array: (rows,). `None` if all."""
+    chosen = getattr(dataset, "_indices", None) if version_of(dataset) else None
+    return None if chosen is None else chosen.column(0).to_numpy()
 
 
 def begun_at(dataset: Any, state: Any) -> Any:

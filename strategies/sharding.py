@@ -200,6 +200,7 @@ class Order(ABC):
 
     seed: int
     length: int
+    digest: int = 0  # of what was drawn for the epoch at hand, where that is no function of the seed
 
     @property
     @abstractmethod

@@ -6,7 +6,7 @@ import gc
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Cursor:
         "_num_full",
         "_remembered",
         "cut",
+        "digest",
         "epoch",
         "finished",
         "global_batch",
@@ -62,6 +63,7 @@ class Cursor:
         *,
         epoch: int,
         seed: int,
+        digest: int = 0,
         global_batch: int | None = None,
     ) -> None:
         self._loader = weakref.ref(loader)  # the loader holds its last cursor
@@ -69,6 +71,7 @@ class Cursor:
         self.rank = world.rank
         self.epoch = epoch
         self.seed = seed
+        self.digest = digest  # of the order of a sampler of the user's own
         self.global_batch = global_batch
         self.is_planned = cut is not None and cut.counts_samples
         self.index = -1
@@ -286,12 +289,12 @@ class Sources:
             return
         cursor.verified = True
         start = 0 if cursor.cut is None else cursor.cut.start
-        place = (cursor.seed, cursor.epoch, cursor.index, start, tuple(self._steps_taken()))
+        place = _Place(cursor.epoch, cursor.index, start, cursor.seed, cursor.digest, tuple(self._steps_taken()))
         brought = zlib.crc32(repr(place).encode()) << 31 | cursor.samples  # both in one exchange
         told = collectives.meet("the first batch of a pass over a loader", self._world, brought)
         cursor.mean_samples = sum(each % 2**31 for each in told) / self._world.size
         if any(each >> 31 != told[0] >> 31 for each in told):
-            _refuse_apart(collectives.all_gather_objects(place, self._world), cursor)
+            _refuse_apart(cursor, collectives.all_gather_objects(place, self._world))
 
     def _of(self, loader: DataLoader[Any]) -> Cursor:
         for cursor in self._open:
@@ -309,19 +312,39 @@ def _describe(cursor: Cursor) -> str:
     return f"{dataset}{size} (batch {cursor.index})"
 
 
-def _refuse_apart(places: Sequence[tuple[int, int, int, int, tuple[int, ...]]], cursor: Cursor) -> None:
-    """Raise for what ranks differ in, of seed, epoch, batch, position and steps taken."""
-    if any(place[:4] != places[0][:4] for place in places):
+class _Place(NamedTuple):
+    """What ranks must have alike where a pass begins."""
+
+    epoch: int
+    index: int
+    start: int
+    seed: int
+    digest: int
+    steps: tuple[int, ...]
+
+
+def _refuse_apart(cursor: Cursor, places: Sequence[_Place]) -> None:
+    """Raise for what ranks differ in."""
+    first = places[0]
+    if any(place[:4] != first[:4] for place in places):
         told = "; ".join(
-            f"rank {rank}: epoch {epoch}, batch {index}" + (f" after position {start}" if start else "")
-            for rank, (_, epoch, index, start, _) in enumerate(places)
+            f"rank {rank}: epoch {place.epoch}, batch {place.index}"
+            + (f" after position {place.start}" if place.start else "")
+            for rank, place in enumerate(places)
         )
         raise DataError(
             f"ranks are at different places of the loader over {_describe(cursor)} ({told}). It was iterated to "
             "its end, or trained on, by some ranks only, or they loaded different positions: iterate it on every "
             "rank, or on a loader of its own."
         )
-    told = "; ".join(f"rank {rank}: {', '.join(map(str, place[4]))}" for rank, place in enumerate(places))
+    if any(place.digest != first.digest for place in places):
+        told = "; ".join(f"rank {rank}: digest {place.digest:08x}" for rank, place in enumerate(places))
+        raise DataError(
+            f"the sampler of the loader over {_describe(cursor)} gave another order on every rank for epoch "
+            f"{cursor.epoch} ({told}), so that samples would come twice or never. A sampler must draw from the "
+            "generators of Python, NumPy or torch, or from one that is an attribute of it, and cut nothing by rank."
+        )
+    told = "; ".join(f"rank {rank}: {', '.join(map(str, place.steps))}" for rank, place in enumerate(places))
     raise StepError(
         f"ranks have taken different numbers of optimizer steps ({told}), so that their weights differ since: one of "
         "them left optimizer.step() out. Call it on every rank; what decides to skip an update must be the same on all "

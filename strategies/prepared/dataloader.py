@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .. import collectives, seeded
+from .. import seeded
 from ..drawn import ListedBatchSampler, Repeat
 from ..errors import DataError
 from ..lockstep import Step
@@ -21,6 +21,7 @@ from ..sharding import ComputedOrder, Cut
 from ..sources import Cursor
 from ..transfer import unrecorded
 from ..tree import num_samples
+from .agreement import Seed
 from .position import Position, describe, describe_stream, read, read_stream
 from .sampling import PlannedSampler, length_now, sampler_for
 from .stream import Stream
@@ -42,14 +43,6 @@ class DataOptions:
     split_batches: bool = False
     dispatch_batches: bool = False
     seed_samples: bool = False
-
-
-@dataclass(frozen=True)
-class Seed:
-    """The seed of a loader's order, and whether the script chose it."""
-
-    value: int
-    was_given: bool
 
 
 class DataLoaderLink:
@@ -120,14 +113,14 @@ class DataLoaderLink:
         accumulation, source = self.accumulation, self.source
         sources, world, observers = accumulation.sources, accumulation.world, accumulation.observers
         begin = self._begin = self._next_begin()
-        cut, seed = None, self._seed.value
+        cut, seed, digest = None, self._seed.value, 0
         if isinstance(source, Stream):
             source.begin(begin.epoch, begin.stream, view)
         else:
             self._check_length(source)
-            cut, seed = source.begin(begin.epoch, begin.start), source.order.seed
+            cut, seed, digest = source.begin(begin.epoch, begin.start), source.order.seed, source.order.digest
         cursor = self._last = Cursor(
-            view, cut, world, epoch=begin.epoch, seed=seed, global_batch=self.global_batch_size
+            view, cut, world, epoch=begin.epoch, seed=seed, digest=digest, global_batch=self.global_batch_size
         )
         sources.open(cursor)
         cursor.is_open = True
@@ -365,21 +358,6 @@ def prepare_dataloader(loader: DataLoader[Any], accumulation: Accumulation, *, o
     )
     accumulation.loaders.append(link)
     return make_view(copied, PreparedDataLoader, link)
-
-
-def loader_seed(loader: DataLoader[Any], seed: int | None, ordinal: int, accumulation: Accumulation) -> Seed:
-    """The seed of a loader's order, the same on all ranks. Collective where there are several.
-
-    Its own `generator` comes first, then the Accelerator's seed, then torch's: nothing is drawn from any of
-    them. Loaders that share a seed are told apart by the order in which they were prepared.
-    """
-    generator = loader.generator or getattr(loader.sampler, "generator", None)
-    if generator is not None:
-        chosen = generator.initial_seed()
-    else:
-        chosen = (torch.initial_seed() if seed is None else seed) + 0x9E3779B97F4A7C15 * ordinal
-    agreed = collectives.all_gather_integers([chosen], accumulation.world)[0][0]
-    return Seed(agreed, was_given=generator is not None or seed is not None)
 
 
 @contextmanager

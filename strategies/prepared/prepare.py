@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from ..blocks import class_name
 from ..errors import PrepareError
+from .agreement import agreed_seed
 from .alike import Fact, meet_alike
-from .dataloader import DataOptions, loader_seed, prepare_dataloader
+from .dataloader import DataOptions, prepare_dataloader
 from .model import prepare_model
 from .optimizer import prepare_optimizer
 from .scheduler import prepare_scheduler
@@ -36,7 +37,7 @@ def prepare(
     `settings` are what all ranks must have alike. Raises, before anything is changed, `PrepareError` if an object is
     unknown, was prepared before or is not alike on all ranks, `ConfigurationError` if the settings are not.
     """
-    kinds = [_kind(item) for item in objects]
+    kinds, options = [_kind(item) for item in objects], options or DataOptions()
     _refuse_repeated(objects, accumulation)
     meet_alike(objects, kinds, settings, accumulation.world)
     accumulation.forget_windows()
@@ -56,10 +57,14 @@ def prepare(
         for index in _indices(kinds, "scheduler"):
             prepared[index] = prepare_scheduler(objects[index], accumulation)
         for index in _indices(kinds, "loader"):
-            own_seed = loader_seed(objects[index], seed, len(accumulation.loaders), accumulation)
-            prepared[index] = prepare_dataloader(
-                objects[index], accumulation, options=options or DataOptions(), seed=own_seed
+            own_seed = agreed_seed(
+                objects[index],
+                seed,
+                len(accumulation.loaders),
+                accumulation.world,
+                dispatch=options.dispatch_batches,
             )
+            prepared[index] = prepare_dataloader(objects[index], accumulation, options=options, seed=own_seed)
     except BaseException:
         for items, earlier in zip(held, before, strict=True):
             items[:] = earlier

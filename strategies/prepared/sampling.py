@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -12,10 +11,9 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    WeightedRandomSampler,
 )
 
-from ..drawn import DrawnOrder, ListedBatchSampler
+from ..drawn import DrawnOrder, ListedBatchSampler, check_weights
 from ..errors import DataError
 from ..sharding import ComputedOrder, Cut, Order, ShardedBatchSampler, ShardedSampler
 from ..world import World
@@ -31,7 +29,8 @@ def sampler_for(
     if isinstance(loader.dataset, IterableDataset):
         return None
     own = loader.batch_sampler
-    if own is not None and type(own) is not BatchSampler:
+    check_weights(loader.sampler if own is None else own)
+    if own is not None and (type(own) is not BatchSampler or loader.batch_size is None):
         length = _length_of(own, world, "batch_sampler")
         if length is None:
             return None
@@ -71,24 +70,10 @@ def _order(loader: DataLoader[Any], world: World, seed: int, seed_samples: bool)
         return ComputedOrder(_length(loader), seed, shuffle=False)
     if type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None:
         return ComputedOrder(_length(loader), seed, shuffle=True)
-    if isinstance(sampler, WeightedRandomSampler):
-        _check_weights(sampler)
     length = _length_of(sampler, world, "sampler")
     if length is None:
         return None
     return DrawnOrder(sampler, length, seed, loader.generator, marks_repeats=seed_samples)
-
-
-def _check_weights(sampler: WeightedRandomSampler) -> None:
-    weights = torch.as_tensor(sampler.weights, dtype=torch.double)
-    wrong = torch.nonzero(~torch.isfinite(weights) | (weights < 0)).flatten().tolist()
-    if wrong or not weights.any():
-        which = f"weight {wrong[0]} is {weights[wrong[0]].item()}" if wrong else "all weights are 0"
-        raise DataError(
-            f"WeightedRandomSampler: {which}"
-            + (f", and {len(wrong) - 1} others are wrong too" if len(wrong) > 1 else "")
-            + ". Weights must be finite and >= 0, and some above 0."
-        )
 
 
 def _length_of(sampler: Any, world: World, name: str) -> int | None:
@@ -121,7 +106,8 @@ def _length(loader: DataLoader[Any]) -> int:
 
 def _refuse_sharded(loader: DataLoader[Any]) -> None:
     for sampler in (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
-        if isinstance(sampler, DistributedSampler):
+        replicas = getattr(sampler, "num_replicas", 1) if hasattr(sampler, "rank") else 1
+        if isinstance(sampler, DistributedSampler) or replicas != 1:
             raise DataError(
                 f"the loader already has a {type(sampler).__name__}; cutting its part again would lose samples. Give a "
                 "plain loader (shuffle=True instead of the sampler): prepare() cuts it."

@@ -27,7 +27,8 @@ from rank_pool import RankPool
 from sampled_loaders import LOADERS, flat, on, run
 from strategies import CPU, Precision, World
 from strategies.accumulation import Accumulation
-from strategies.prepared.dataloader import DataOptions, Seed, prepare_dataloader
+from strategies.prepared.agreement import Seed
+from strategies.prepared.dataloader import DataOptions, prepare_dataloader
 from strategies.sharding import permute
 
 
@@ -164,7 +165,7 @@ def test_any_number_of_workers_resumes_the_same(kind: str) -> None:
 def test_another_world_and_batch_take_the_rest(
     ranks: RankPool, kind: str, length: int, first: tuple[int, int], second: tuple[int, int], stop: int
 ) -> None:
-    if kind == "buckets":  # the batches are those of the batch sampler, which is the same in both
+    if kind in ("buckets", "batched"):  # the batches are those of the batch sampler, which is the same in both
         second = second[0], first[1]
     whole, _ = run(kind, length, first[1], 0, None, None)
     before, state = on(ranks, first[0], run, kind, length, first[1], 0, None, stop)

@@ -57,6 +57,9 @@ def make(kind: str) -> DataLoader[Any]:
         "endless": lambda: DataLoader(data, sampler=Endless()),
         "weights": lambda: DataLoader(data, sampler=WeightedRandomSampler([1.0, float("nan"), -1.0], 10)),
         "zero weights": lambda: DataLoader(data, sampler=WeightedRandomSampler([0.0] * 10, 10)),
+        "weights of batches": lambda: DataLoader(
+            data, batch_sampler=batched(WeightedRandomSampler([float("nan")] * 10, 10))
+        ),
         "stream": lambda: DataLoader(Stream(10), batch_size=2),
     }
     return makers[kind]()  # type: ignore[no-any-return]
@@ -73,11 +76,23 @@ def make(kind: str) -> DataLoader[Any]:
         ("no length", "Lengthless has no __len__"),
         ("weights", "weight 1 is nan, and 1 others are wrong too"),
         ("zero weights", "all weights are 0"),
+        ("weights of batches", "weight 0 is nan, and 9 others are wrong too"),
     ],
 )
 def test_a_loader_that_cannot_be_right_is_refused(kind: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Accelerator(strategy="cpu").prepare(make(kind))
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_weights_that_become_wrong_are_refused_in_the_next_epoch(in_batches: bool) -> None:
+    sampler = WeightedRandomSampler([1.0] * 10, 10)
+    options = {"batch_sampler": batched(sampler)} if in_batches else {"sampler": sampler}
+    loader = Accelerator(strategy="cpu").prepare(DataLoader(Numbers(10), **options))
+    assert len(list(loader)) > 0
+    sampler.weights[3] = float("nan")
+    with pytest.raises(DataError, match="weight 3 is nan"):
+        list(loader)
 
 
 class Endless:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     RandomSampler,
     Sampler,
@@ -36,6 +37,9 @@ LOADERS: dict[str, Any] = {
     ),
     "own": lambda n, b, w: DataLoader(Numbers(n), batch_size=b, sampler=Shuffles(n), num_workers=w),
     "buckets": lambda n, b, w: DataLoader(Numbers(n), batch_sampler=Buckets(n, b), num_workers=w),
+    "batched": lambda n, b, w: DataLoader(
+        Numbers(n), batch_sampler=BatchSampler(RandomSampler(range(n)), b, drop_last=False), num_workers=w
+    ),
     "items": lambda n, b, w: DataLoader(Numbers(n), batch_size=None, shuffle=True, num_workers=w),
 }
 
