@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,15 @@ def alone(batches: Iterator[Any]) -> Iterator[tuple[Any, Step]]:
         batch = following
 
 
-def together(batches: Iterator[Any], world: World) -> Iterator[tuple[Any, Step]]:
+def together(batches: Iterator[Any], world: World, compare: Callable[[], None]) -> Iterator[tuple[Any, Step]]:
     """Each rank's own batches, until none has any left. Collective at every step.
 
-    A rank that has no more repeats its last one, to weigh nothing. Where one fails, all raise `DataError`.
+    A rank that has no more repeats its last one, to weigh nothing. Where one fails, all raise `DataError`. `compare`
+    is called on all ranks once each has read what it has for the first step.
     """
     held: Any = None
     batch, sizes = _read(batches, world)
+    compare()
     if any(sizes) and not all(sizes):  # a rank without a single batch needs another's to compute something
         first = next(rank for rank, size in enumerate(sizes) if size)
         carrier = [batch if world.rank == first else None]

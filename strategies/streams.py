@@ -1,18 +1,20 @@
 """Iterable datasets: which samples of a stream belong to which rank and worker, and where each of them stands.
 
 A shard is one worker of one rank (or the rank itself without workers). A dataset that asks torch's
-`get_worker_info()` shards itself: it is shown the number of shards in place of workers. Of one that does not
-ask, every shard reads all and keeps the samples whose position is its own; its draws are then seeded alike
-on all shards. One of Hugging Face `datasets` is given its part of the ranks by that package.
+`get_worker_info()` how many workers there are shards itself: it is shown the number of shards in place of theirs.
+Of one that does not ask, every shard reads all and keeps the samples whose position is its own; its draws are then
+seeded alike on all shards. One of Hugging Face `datasets` is given its part of the ranks by that package.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data import _utils as torch_utils
@@ -24,6 +26,7 @@ from torch.utils.data.dataloader import (
 
 from . import hugging_face
 from .randomness import derive, seed_all, set_states, states
+from .tree import iterate_leaves
 from .world import World
 
 
@@ -47,15 +50,16 @@ class Carried:
     shard: int
     place: Place
     shards_itself: bool
+    first: int = 0  # a digest of the first sample that the shard read, where it reads all from the beginning
 
     def pin_memory(self, device: Any = None) -> Carried:
         """The same with the batch in pinned memory, for torch's pinning thread."""
         batch = torch_utils.pin_memory.pin_memory(self.batch, device)
-        return Carried(batch, self.shard, self.place, self.shards_itself)
+        return Carried(batch, self.shard, self.place, self.shards_itself, self.first)
 
 
 class ShardInfo:
-    """What `get_worker_info()` gives inside a shard. Notes whether the dataset asked which shard it is."""
+    """What `get_worker_info()` gives inside a shard. Notes whether the dataset asked how many there are."""
 
     def __init__(self, real: Any, dataset: Any, shard: int, num_shards: int) -> None:
         self.dataset = dataset
@@ -66,8 +70,7 @@ class ShardInfo:
 
     @property
     def id(self) -> int:
-        """The number of the shard."""
-        self.was_asked = True
+        """The number of the shard, which a dataset may want for a name only."""
         return self._shard
 
     @property
@@ -102,6 +105,7 @@ class StreamShard(IterableDataset[Any]):
         self._init = loader.worker_init_fn
         self._info: ShardInfo | None = None
         self._place = Place()
+        self._first = 0
         self._source: Any = None
         self._alone = num_workers == 0
         self._begun = False
@@ -119,7 +123,8 @@ class StreamShard(IterableDataset[Any]):
         """Torch calls this in each worker: show what is asked for there the shards, then let the user's own run."""
         self._show(torch_utils.worker._worker_info)
         if self._init is not None:
-            self._init(worker)
+            assert self._info is not None
+            self._init(self._info.id)  # as is shown there: it may split the dataset by its argument
 
     def collate(self, samples: Any) -> Carried:
         """The batch that the user's own function makes, and where this shard stands after it."""
@@ -128,7 +133,7 @@ class StreamShard(IterableDataset[Any]):
         place = self._place
         if self._source is not None:
             place = Place(place.passed, place.given, self._source.state_dict())
-        return Carried(self._collate(samples), self._shard, place, info.was_asked)
+        return Carried(self._collate(samples), self._shard, place, info.was_asked, 0 if info.was_asked else self._first)
 
     def __iter__(self) -> Iterator[Any]:
         if self._alone or self._info is None:
@@ -194,7 +199,10 @@ class StreamShard(IterableDataset[Any]):
         given, skip = (place.given, 0) if resumed else (0, place.given)
         shard, num_shards = info._shard, info._num_shards
         keeps_all = self.by_node or num_shards == 1
+        self._first = 0
         for sample in source:
+            if not (self._first or keeps_all or resumed or any(passed)):
+                self._first = _digest(sample)
             if _used(passed, layers):
                 continue
             number = passed[-1]
@@ -217,6 +225,19 @@ def _used(passed: list[int], layers: tuple[tuple[int, tuple[int, ...]], ...]) ->
         if turn < given[shard]:
             return True
     return False
+
+
+def _digest(sample: Any) -> int:
+    """A number that tells samples apart by what tensors, arrays, numbers and texts are in them, never 0."""
+    digest = 0
+    for leaf in iterate_leaves(sample):
+        part = repr(leaf).encode() if isinstance(leaf, str | bytes | int | float) else type(leaf).__name__.encode()
+        if isinstance(leaf, np.ndarray) and leaf.dtype != object:
+            part = leaf.tobytes()
+        elif type(leaf) is torch.Tensor and leaf.layout is torch.strided and leaf.device.type == "cpu":
+            part = leaf.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest = zlib.crc32(part, digest)
+    return digest | 1 << 32
 
 
 def is_stateful(source: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -60,6 +61,7 @@ class Stream:
         self._turn = 0
         self._layers: Layers = ()
         self._shards_itself = False
+        self._first = 0  # of the pass at hand, as its shards read it
 
     @property
     def num_shards(self) -> int:
@@ -100,6 +102,7 @@ class Stream:
         rank = 0 if self._dispatch else self._world.rank
         shard.turn = self._turn = position.turns[rank] if len(position.turns) > rank else 0
         self._taken = dict(position.places)
+        self._first = 0
         if position.is_begun:
             view.__dict__["_iterator"] = None  # workers that were kept would begin at the beginning
 
@@ -113,7 +116,24 @@ class Stream:
             return alone(make())
         if self._dispatch:
             return dispatched(make() if self._world.is_main else None, self._world)
-        return together(make(), self._world)
+        return together(make(), self._world, self._compare)
+
+    def _compare(self) -> None:
+        """Warn where ranks begin with different samples of what each of them should read whole. Collective."""
+        reports = self._shard.reports
+        mine = reports[0].first if reports else 0
+        told = collectives.meet("the first sample of an iterable dataset", self._world, mine)
+        if len(set(told) - {0}) > 1:
+            self._warn_apart()
+
+    def _warn_apart(self) -> None:
+        warnings.warn(
+            f"the parts (ranks times workers) of {type(self._loader.dataset).__name__} begin with different samples, "
+            "and each keeps its share of what it reads. If the dataset splits by rank or worker itself, samples are "
+            "lost: let it split by get_worker_info().id and .num_workers, which count ranks too, or not at all. If "
+            "only augmentation draws from a generator of its own, all is well.",
+            stacklevel=2,
+        )
 
     def take(self, number: int) -> None:
         """Note that the loop was given the next `number` batches that this process read."""
@@ -127,6 +147,9 @@ class Stream:
             )
         for _ in range(number):
             report = reports.popleft()
+            if self._first and report.first not in (0, self._first):
+                self._warn_apart()
+            self._first = report.first
             self._taken[report.shard] = report.place
             self._turn = (report.shard + 1) % self._shard.num_workers
             self._shards_itself |= report.shards_itself
