@@ -44,6 +44,19 @@ def set_states(kept: tuple[Any, Any, Any]) -> None:
 
 
 @contextmanager
+def undrawn(resumed: bool) -> Iterator[None]:
+    """Leave torch's generator alone where a pass goes on: making its iterator drew a number when it began."""
+    if not resumed:
+        yield
+        return
+    before = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+@contextmanager
 def seeded(seed: int, *holders: object) -> Iterator[None]:
     """A block in which draws are a function of `seed`, and after which all generators are as they were.
 

@@ -150,6 +150,22 @@ class Cursor:
         gc.collect()  # a cycle of references may hold it, and nobody else
         return self._remembered() is not None
 
+    @property
+    def used(self) -> int:
+        """Batches of this pass that a loop which left it has used: the one in hand only if it was trained on."""
+        return self.index + (self.last_trained == self.index >= 0)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of its epoch is left to use."""
+        return self.finished or (self.is_last and self.used > self.index)
+
+    def goes_on_from(self, other: Cursor) -> bool:
+        """Whether the batch in hand is the one that comes after that of `other`, a pass that was left."""
+        if self.cut is None or other.cut is None or self.index != 0 or self.loader is not other.loader:
+            return False
+        return self.epoch == other.epoch and self.cut.start == other.cut.position_after(other.index)
+
     def agrees_with(self, other: Cursor) -> bool:
         """Whether both describe the same sizes from here to the end, so that either may weigh the window."""
         return self.is_planned and self.cut == other.cut and self.index == other.index

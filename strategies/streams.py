@@ -8,6 +8,8 @@ seeded alike on all shards. One of Hugging Face `datasets` is given its part of 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -107,6 +109,7 @@ class StreamShard(IterableDataset[Any]):
         self._place = Place()
         self._first = 0
         self._source: Any = None
+        self._initial: Any = None  # state of the dataset before a pass that has not come to its end
         self._alone = num_workers == 0
         self._begun = False
 
@@ -182,6 +185,8 @@ class StreamShard(IterableDataset[Any]):
         dataset, info = self.dataset, self._info
         assert info is not None
         stateful = self.is_stateful
+        if stateful and not self.by_node:
+            self._go_back()
         if stateful and place.state is not None:
             if self.by_node:
                 dataset = hugging_face.begun_at(dataset, place.state)
@@ -215,6 +220,15 @@ class StreamShard(IterableDataset[Any]):
             if given > skip:
                 self._place = Place(tuple(passed), given)
                 yield sample
+        self._initial = None
+
+    def _go_back(self) -> None:
+        """Take the dataset back to where it began, from where a pass that was left in the middle has brought it."""
+        if self._initial is not None:
+            self.dataset.load_state_dict(copy.deepcopy(self._initial))
+            return
+        with contextlib.suppress(Exception):  # one that has no state before its first sample begins anew by itself
+            self._initial = copy.deepcopy(self.dataset.state_dict())
 
 
 def _used(passed: list[int], layers: tuple[tuple[int, tuple[int, ...]], ...]) -> bool:

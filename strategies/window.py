@@ -79,6 +79,8 @@ class Window:
             self._begin(cursor, accumulation.steps_for(cursor))
         elif self._restored:
             self._go_on(cursor)
+        elif cursor is not None and self._cursor is not None and cursor.goes_on_from(self._cursor):
+            self._first_index = -self.count  # the loop was left by `break`, and entered again
         elif cursor is not self._cursor or (cursor is not None and cursor.index != self._first_index + self.count):
             self.weighting.leave_plan()  # a skipped batch, a part of one, another loader
         self._cursor = cursor

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from .. import seeded
 from ..drawn import ListedBatchSampler, Repeat
 from ..errors import DataError
 from ..lockstep import Step
+from ..randomness import undrawn
 from ..sharding import ComputedOrder, Cut
 from ..sources import Cursor
 from ..transfer import unrecorded
@@ -48,8 +48,8 @@ class DataOptions:
 class DataLoaderLink:
     """What a prepared dataloader knows: its cut of the data, and where in it the loop stands.
 
-    A pass counts once one of its batches was trained on, or once it ran to its end; the next one is then of the
-    next epoch. Looking at a batch, on one rank or on all, leaves the next pass as it was.
+    A pass that ran to its end was an epoch, and the next one is of the next epoch. One that was left after training
+    goes on with the next. Looking at a batch, on one rank or on all, leaves the next pass as it was.
     """
 
     def __init__(
@@ -85,16 +85,26 @@ class DataLoaderLink:
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batches that the loop has taken. Collective for a stream on several ranks."""
-        source, last, position = self.source, self._last, self._next_begin()
-        # Left by `break` without training, where something is trained, it was a look.
-        taken = last is not None and (last.counts or last.is_open or not self.accumulation.models)
-        inside = last is not None and taken and not last.finished and last.index >= 0
+        source, last = self.source, self._last
+        # Without a model nobody can tell a use from a look: what was taken counts.
+        inside = last is not None and last.index >= 0 and not last.finished
+        if last is None or not inside or not (last.is_open or not self.accumulation.models):
+            return describe(self._next_begin(), source)
         if isinstance(source, Stream):
-            epoch = last.epoch if last is not None and inside else position.epoch
-            return describe_stream(epoch, source, None if inside else position.stream)
-        if last is not None and last.cut is not None and inside:
-            position = Position(last.epoch, last.cut.position_after(last.index))
-        return describe(position, source)
+            return describe_stream(last.epoch, source, None)
+        assert last.cut is not None
+        return describe(Position(last.epoch, last.cut.position_after(last.index)), source)
+
+    def drop_rest(self) -> None:
+        """Begin the next pass with the next epoch, if one was left in the middle."""
+        if self._last is not None and self._last.is_open:
+            raise DataError("drop_rest was called inside a loop over the loader. Leave the loop by `break` before.")
+        begin = self._next_begin()
+        if begin.start == 0 and not begin.stream.is_begun:
+            return
+        if not isinstance(self.source, Stream):
+            self.source.order.begin(begin.epoch)  # a loaded state of a sampler is that before this epoch
+        self._begin, self._last = Position(begin.epoch + 1), None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin the next pass at a position."""
@@ -129,7 +139,7 @@ class DataLoaderLink:
             if isinstance(source, Stream):
                 yield from self._stream(source, make_iterator, cursor, resumed=begin.stream.is_begun)
             else:
-                with _undrawn(begin.start > 0):
+                with undrawn(begin.start > 0):
                     iterator = make_iterator()
                 batches = accumulation.strategy.device_loader(unrecorded(iterator), world)
                 if cursor.is_planned:  # the usual pass, without another generator around it
@@ -138,6 +148,8 @@ class DataLoaderLink:
                     final = cut.num_batches - 1
                     before_last = final - 1
                     for index, batch in enumerate(self._watched(batches)):
+                        if self._last is not cursor:
+                            self._refuse_two()
                         cursor.index, cursor.is_last = index, index == final  # `advance`, without its call
                         cursor.grad_enabled = is_grad_enabled()
                         sources.latest = cursor
@@ -150,6 +162,8 @@ class DataLoaderLink:
                             mark_step(world)
                 else:
                     yield from self._of_unknown_sizes(batches, cursor)
+            if self._last is not cursor:
+                self._refuse_two()
             if cut is not None:
                 self._check_number(cursor, cut.num_batches)
             cursor.finished = True
@@ -200,13 +214,22 @@ class DataLoaderLink:
 
     def _next_begin(self) -> Position:
         last = self._last
-        return Position(last.epoch + 1) if last is not None and last.counts else self._begin
+        if last is None or not last.counts:
+            return self._begin
+        if last.is_over:
+            return Position(last.epoch + 1)
+        if isinstance(self.source, Stream):
+            return Position(last.epoch, stream=self.source.place(used=last.used > last.index))
+        assert last.cut is not None
+        return Position(last.epoch, last.cut.position_after(last.used - 1) if last.used else last.cut.start)
 
     def _of_unknown_sizes(self, batches: Iterator[Any], cursor: Cursor) -> Iterator[Any]:
         """Batches of a planned number, whose sizes only they themselves know."""
         assert cursor.cut is not None
         advance, final = self.accumulation.sources.advance, cursor.cut.num_batches - 1
         for index, batch in enumerate(self._watched(batches)):
+            if self._last is not cursor:
+                self._refuse_two()
             mine = index > final or cursor.cut.local_samples(index, cursor.rank) > 0
             cursor.samples_seen = (num_samples(batch) or 1) if mine else 0
             advance(cursor, index, index == final)
@@ -216,6 +239,13 @@ class DataLoaderLink:
                 observer.batch_taken(cursor, batch)
             yield batch
             self._run_untrained(cursor)
+
+    def _refuse_two(self) -> NoReturn:
+        raise DataError(
+            f"a pass over the loader over {type(self.original.dataset).__name__} went on after another one had begun: "
+            "two loops over one loader, zip(loader, loader), or an iterator kept from before. A loader stands at one "
+            "place: prepare a second DataLoader for the other loop."
+        )
 
     def _check_length(self, sampler: PlannedSampler) -> None:
         length = length_now(self.original, sampler)
@@ -240,10 +270,12 @@ class DataLoaderLink:
     ) -> Iterator[Any]:
         accumulation = self.accumulation
         waiting: deque[Step] = deque()  # the steps of batches that the device's loader has read ahead
-        with _undrawn(resumed):
+        with undrawn(resumed):
             steps = source.steps(make_iterator)
         batches = accumulation.strategy.device_loader(source.stepped(steps, waiting), accumulation.world)
         for batch in self._watched(batches):
+            if self._last is not cursor:
+                self._refuse_two()
             step = waiting.popleft()
             cursor.sizes = step.sizes
             cursor.samples_seen = step.sizes[cursor.rank]
@@ -310,8 +342,9 @@ class PreparedDataLoader(View):
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands: what it took, not what workers read ahead. The same on every rank.
 
-        Inside a loop the batch in hand counts as taken. A pass that was left without training on any of its batches
-        was only a look, where a model is prepared.
+        Inside a loop the batch in hand counts as taken. Outside it is what the next pass here begins with: after
+        `break`, the batch in hand counts if it was trained on. A pass without training on any of its batches was only
+        a look, where a model is prepared; where none is, what it took counts here, and the next pass begins anew.
         """
         return self._link.state_dict()
 
@@ -322,6 +355,14 @@ class PreparedDataLoader(View):
         another seed, changing nothing.
         """
         self._link.load_state_dict(state)
+
+    def drop_rest(self) -> None:
+        """Leave out what a loop that was left by `break`, or by a shorter loader in `zip`, has not taken.
+
+        The next pass is then of the next epoch, instead of going on where that one was left. Does nothing at the
+        beginning of an epoch. Every rank calls it.
+        """
+        self._link.drop_rest()
 
 
 def prepare_dataloader(loader: DataLoader[Any], accumulation: Accumulation, *, options: DataOptions, seed: Seed) -> Any:
@@ -358,16 +399,3 @@ def prepare_dataloader(loader: DataLoader[Any], accumulation: Accumulation, *, o
     )
     accumulation.loaders.append(link)
     return make_view(copied, PreparedDataLoader, link)
-
-
-@contextmanager
-def _undrawn(resumed: bool) -> Iterator[None]:
-    """Leave torch's generator alone where a pass goes on: making its iterator drew a number when it began."""
-    if not resumed:
-        yield
-        return
-    before = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)

@@ -22,9 +22,11 @@ class Position:
     stream: StreamPosition = field(default_factory=StreamPosition)
 
 
-def describe(position: Position, sampler: PlannedSampler) -> dict[str, Any]:
-    """A position as a dictionary that JSON can hold, if the state of the user's own sampler can."""
-    order = sampler.order
+def describe(position: Position, source: PlannedSampler | Stream) -> dict[str, Any]:
+    """A position as a dictionary that JSON can hold, if the state of the user's own can. Collective for a stream."""
+    if isinstance(source, Stream):
+        return describe_stream(position.epoch, source, position.stream)
+    order = source.order
     return {
         "version": VERSION,
         "order": order.kind,
@@ -56,10 +58,12 @@ def read(state: Mapping[str, Any], sampler: PlannedSampler, *, needs_seed: bool,
             f"the position to load was saved with seed {seed}, and the loader has {order.seed}, other draws. Use "
             "the same Accelerator(seed=...) or generator, and prepare the loaders in the same order."
         )
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise DataError(f"seed in the position to load is {seed!r}; expected an integer, as state_dict() wrote it")
     position = Position(_count(state, "epoch"), _count(state, "position"))
     if position.start > order.length:
         raise DataError(f"the position to load is {position.start}, after the end of an epoch of {order.length}.")
-    order.seed = int(state["seed"])
+    order.seed = seed
     order.restore(dict(state))
     return position
 
@@ -77,6 +81,9 @@ def read_stream(state: Mapping[str, Any], stream: Stream, dataset: str) -> Posit
             f"the position to load was saved with the order {state.get('order')!r}, and {dataset} is an iterable "
             "dataset. Load it into a loader over the dataset it was saved with."
         )
+    missing = sorted({"layers", "passed", "given", "states", "turns", "num_shards", "shards_itself"} - set(state))
+    if missing:
+        raise DataError(f"the position to load lacks {', '.join(missing)}; expected what state_dict() returned")
     return Position(_count(state, "epoch"), stream=stream.read(state))
 
 

@@ -59,6 +59,7 @@ class Stream:
         self._shard.by_node = self._by_node
         self._taken: dict[int, Place] = {}
         self._turn = 0
+        self._before: tuple[dict[int, Place], int] = ({}, 0)  # those two before the batch that the loop holds
         self._layers: Layers = ()
         self._shards_itself = False
         self._first = 0  # of the pass at hand, as its shards read it
@@ -102,6 +103,7 @@ class Stream:
         rank = 0 if self._dispatch else self._world.rank
         shard.turn = self._turn = position.turns[rank] if len(position.turns) > rank else 0
         self._taken = dict(position.places)
+        self._before = dict(self._taken), self._turn
         self._first = 0
         if position.is_begun:
             view.__dict__["_iterator"] = None  # workers that were kept would begin at the beginning
@@ -139,6 +141,7 @@ class Stream:
         """Note that the loop was given the next `number` batches that this process read."""
         if self.is_plain or (self._dispatch and not self._world.is_main):
             return
+        self._before = dict(self._taken), self._turn
         reports = self._shard.reports
         if number > len(reports):
             raise DataError(
@@ -153,6 +156,11 @@ class Stream:
             self._taken[report.shard] = report.place
             self._turn = (report.shard + 1) % self._shard.num_workers
             self._shards_itself |= report.shards_itself
+
+    def place(self, *, used: bool) -> StreamPosition:
+        """Where this rank's shards stand: after the batch that the loop holds if it was used, else before it."""
+        taken, turn = (dict(self._taken), self._turn) if used else self._before
+        return StreamPosition(taken, (turn,) * self._world.size, self._layers)
 
     def state(self, position: StreamPosition | None = None) -> dict[str, Any]:
         """Where all shards stand, or stood at `position`. Collective on several ranks."""

@@ -241,18 +241,6 @@ def test_a_look_is_no_position_where_something_is_trained() -> None:
     assert len(list(other)) == 6
 
 
-def test_a_loop_left_by_break_and_entered_again_begins_the_next_epoch() -> None:
-    accelerator = Accelerator(strategy="cpu", seed=2)
-    model, loader = accelerator.prepare(nn.Linear(1, 1), DataLoader(Numbers(12), batch_size=2, shuffle=True))
-    for batch in loader:
-        with accelerator.accumulate(model):
-            accelerator.backward(model(batch.float().reshape(-1, 1)).mean())
-        break
-    assert loader.state_dict() | {"epoch": 0, "position": 2} == loader.state_dict()
-    assert sorted(flat([batch.tolist() for batch in loader])) == list(range(12))
-    assert loader.state_dict()["epoch"] == 2
-
-
 def test_two_loaders_keep_each_their_own_place() -> None:
     accelerator = Accelerator(strategy="cpu", seed=2)
     outer, inner = accelerator.prepare(DataLoader(Numbers(6), batch_size=2), DataLoader(Numbers(9), batch_size=3))

@@ -135,8 +135,8 @@ def epoch_after(num_batches: int) -> int:
     return int(loader.epoch)
 
 
-@pytest.mark.parametrize(("num_batches", "epoch"), [(0, 0), (1, 1), (4, 1)])
-def test_an_epoch_counts_once_it_was_trained_on(num_batches: int, epoch: int) -> None:
+@pytest.mark.parametrize(("num_batches", "epoch"), [(0, 0), (1, 0), (4, 1)])
+def test_an_epoch_is_over_once_all_of_it_was_trained_on(num_batches: int, epoch: int) -> None:
     assert epoch_after(num_batches) == epoch
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import (
 )
 
 from accelerator import Accelerator
-from datasets_of_numbers import Numbers
+from datasets_of_numbers import Numbers, Stream
 from rank_pool import RankPool
 from sampled_loaders import Shuffles
 from strategies import DataError
@@ -38,6 +38,7 @@ def state_of(length: int = 10, seed: int = 0, **options: Any) -> dict[str, Any]:
         (lambda: state_of(sampler=Shuffles(10)), "saved with the order 'Shuffles'"),
         (lambda: state_of() | {"position": 11}, "is 11, after the end of an epoch of 10"),
         (lambda: state_of() | {"position": "3"}, "position in the position to load is '3'; expected an integer >= 0"),
+        (lambda: {name: value for name, value in state_of().items() if name != "seed"}, "saved with seed None"),
         (lambda: state_of() | {"version": 99}, "version 99; this release reads up to 1"),
         (lambda: {"epoch": 1}, "load_state_dict got dict .*expected what state_dict"),
         (lambda: None, "load_state_dict got NoneType None"),
@@ -61,6 +62,19 @@ def test_a_seed_that_nobody_chose_is_taken_from_the_position() -> None:
     second = Accelerator(strategy="cpu").prepare(DataLoader(Numbers(10), batch_size=2, shuffle=True))
     second.load_state_dict(state)
     assert [batch.tolist() for batch in second] == batches[2:]
+
+
+@pytest.mark.parametrize("seed", [None, "0", True])
+def test_a_seed_that_is_no_number_is_refused(seed: Any) -> None:
+    loader = Accelerator(strategy="cpu").prepare(DataLoader(Numbers(10), shuffle=True))
+    with pytest.raises(DataError, match=f"seed in the position to load is {seed!r}; expected an integer"):
+        loader.load_state_dict(state_of() | {"seed": seed})
+
+
+def test_a_position_in_a_stream_without_its_parts_is_refused() -> None:
+    loader = Accelerator(strategy="cpu").prepare(DataLoader(Stream(10)))
+    with pytest.raises(DataError, match="the position to load lacks given, layers, num_shards"):
+        loader.load_state_dict({"version": 1, "order": "stream", "epoch": 0})
 
 
 def test_loading_inside_a_loop_is_refused() -> None:
