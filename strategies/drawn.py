@@ -57,6 +57,7 @@ class DrawnOrder(Order):
         self._of_batches = of_batches
         self._epoch: int | None = None
         self.digest = 0
+        self._repeats: npt.NDArray[np.int64] | None = None  # how often each of the integers came before
         self._state: dict[str, Any] = {}  # of the sampler, before it drew the epoch at hand
         self._pending: dict[str, Any] | None = None  # what was restored and not begun
 
@@ -92,10 +93,12 @@ class DrawnOrder(Order):
                 "is left of the epoch cannot be known. Is it over the same data and weights? A sampler must draw from "
                 "the generators of Python, NumPy or torch, or have state_dict and load_state_dict."
             )
-        if self._marks_repeats:
-            counts: dict[Any, int] = {}
-            of_batches = self._of_batches
-            self.drawn = [_marked(batch, counts) for batch in drawn] if of_batches else _marked(drawn, counts)
+        if self._marks_repeats and self._of_batches:
+            self.drawn = _marked_batches(drawn)
+        elif self._marks_repeats and isinstance(self.drawn, np.ndarray):
+            self._repeats = _repeats(self.drawn)
+        elif self._marks_repeats:
+            self.drawn = _marked(drawn, {})
         self._epoch, self._pending = epoch, None
 
     def indices(self, positions: npt.NDArray[np.int64], epoch: int) -> list[Any]:
@@ -103,7 +106,9 @@ class DrawnOrder(Order):
         drawn = self.drawn
         if isinstance(drawn, np.ndarray):
             listed: list[Any] = drawn[positions].tolist()
-            return listed
+            if self._repeats is None or not self._repeats[positions].any():
+                return listed
+            return _with_repeats(listed, self._repeats[positions].tolist())
         if positions.ndim > 1:
             return [self.indices(row, epoch) for row in positions]
         return [drawn[position] for position in positions]
@@ -246,6 +251,35 @@ def _packed(drawn: list[Any]) -> tuple[Sequence[Any] | npt.NDArray[np.int64], in
         array = np.array(drawn, dtype=np.int64)
         return array, zlib.crc32(array.tobytes())
     return drawn, zlib.crc32(re.sub(r" at 0x[0-9a-f]+>", ">", repr(drawn)).encode())
+
+
+def _repeats(drawn: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How often each of `drawn` came before in it: (samples,)."""
+    order = np.argsort(drawn, kind="stable")
+    places = np.arange(len(drawn))
+    is_first = np.ones(len(drawn), dtype=bool)
+    is_first[1:] = np.diff(drawn[order]) != 0
+    numbers = np.empty(len(drawn), dtype=np.int64)
+    numbers[order] = places - np.maximum.accumulate(np.where(is_first, places, 0))
+    return numbers
+
+
+def _with_repeats(indices: list[Any], numbers: list[Any]) -> list[Any]:
+    """`indices` with `Repeat` where a number is not 0; both may be nested alike."""
+    return [
+        _with_repeats(index, number) if isinstance(index, list) else Repeat(index, number) if number else index
+        for index, number in zip(indices, numbers, strict=True)
+    ]
+
+
+def _marked_batches(drawn: list[Any]) -> list[Any]:
+    batches = [list(batch) for batch in drawn]
+    flat, _ = _packed(list(itertools.chain.from_iterable(batches)))
+    if not isinstance(flat, np.ndarray):
+        counts: dict[Any, int] = {}
+        return [_marked(batch, counts) for batch in batches]
+    numbers = iter(_repeats(flat).tolist())
+    return [_with_repeats(batch, list(itertools.islice(numbers, len(batch)))) for batch in batches]
 
 
 def _marked(drawn: Sequence[Any], counts: dict[Any, int]) -> list[Any]:

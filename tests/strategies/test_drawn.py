@@ -21,6 +21,7 @@ from datasets_of_numbers import Numbers
 from rank_pool import RankPool
 from sampled_loaders import LOADERS, flat, run
 from strategies import DataError
+from strategies.drawn import DrawnOrder, Repeat
 
 
 def test_ranks_draw_a_samplers_order_alike_from_different_generators(ranks: RankPool) -> None:
@@ -175,3 +176,18 @@ class BatchesWithOneEmpty(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter([[0], []])
+
+
+@pytest.mark.parametrize("kind", [int, str])
+@pytest.mark.parametrize("of_batches", [False, True])
+def test_indices_that_come_again_are_numbered(kind: Any, of_batches: bool) -> None:
+    drawn = [kind(index) for index in np.random.default_rng(0).integers(0, 9, 60).tolist()]
+    expected = [Repeat(index, drawn[:place].count(index)) for place, index in enumerate(drawn)]
+    batches = [drawn[start : start + 7] for start in range(0, 60, 7)]
+    given: Any = batches if of_batches else drawn
+    order = DrawnOrder(given, len(given), 0, marks_repeats=True, of_batches=of_batches)
+    order.begin(0)
+    got = order.indices(np.arange(len(given)), 0)
+    plain = flat(got) if of_batches else got
+    assert [one if isinstance(one, Repeat) else Repeat(one, 0) for one in plain] == expected
+    assert not of_batches or [len(batch) for batch in got] == [len(batch) for batch in batches]
