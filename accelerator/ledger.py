@@ -1,8 +1,9 @@
 """The account of the data: which samples which rank was given at which step, kept as JSON lines and reconciled.
 
 Each rank of each run appends to a file of its own, `data_ledger/run-<number>-rank-<rank>.jsonl` in `project_dir`, one
-row for the beginning of a pass and one for each batch; `pandas.read_json(path, lines=True)` reads it. `account` adds
-all files up. A run that goes on from a position takes back what came after it: those samples' training was undone.
+row for the beginning of a pass and one for each batch, with the optimizer steps taken before it;
+`pandas.read_json(path, lines=True)` reads it. `account` adds all files up. A run that goes on from a position takes
+back what came after it: those samples' training was undone.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Ledger(Observer):
             self._write(_beginning(number, cursor, link))
         indices = link.indices(cursor, cursor.index)
         row = {"event": "batch", "loader": number, "epoch": cursor.epoch, "batch": cursor.index, "rank": cursor.rank}
+        row["step"] = self._accumulation.steps_taken  # of the optimizer, before this batch
         row["position"] = None if cursor.cut is None else cursor.cut.position_after(cursor.index - 1)
         # An item is what the dataset gives at once.
         counts_items = cursor.cut is not None and not cursor.cut.counts_samples

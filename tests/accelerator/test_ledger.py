@@ -110,3 +110,31 @@ def test_a_ledger_without_a_place_is_refused(tmp_path: Path) -> None:
         Accelerator(strategy="cpu", data_ledger=True)
     with pytest.raises(DataError, match="has no data_ledger"):
         account(tmp_path)
+
+
+def test_a_batch_says_at_which_optimizer_step_it_was_taken(tmp_path: Path) -> None:
+    accelerator = Accelerator(strategy="cpu", data_ledger=True, project_dir=tmp_path, gradient_accumulation_steps=2)
+    model = torch.nn.Linear(1, 1)
+    model, optimizer, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), DataLoader(Numbers(10), batch_size=2)
+    )
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(batch.float().reshape(-1, 1)).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    rows = pandas.read_json(next(tmp_path.glob("data_ledger/*.jsonl")), lines=True)
+    assert rows[rows.event == "batch"].step.tolist() == [0, 0, 1, 1, 2]
+
+
+def test_a_loop_left_by_break_and_entered_again_adds_up(tmp_path: Path) -> None:
+    accelerator = Accelerator(strategy="cpu", data_ledger=True, project_dir=tmp_path, seed=0)
+    model, loader = accelerator.prepare(torch.nn.Linear(1, 1), DataLoader(Numbers(11), batch_size=2, shuffle=True))
+    for limit in (2, 1, 99):
+        for index, batch in enumerate(loader):
+            if index == limit:
+                break  # the batch in hand comes again
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch.float().reshape(-1, 1)).mean())
+    (one,) = account(tmp_path)
+    assert (one.samples, one.different, one.undone, one.resumed, one.is_whole) == (11, 11, 4, 2, True)
