@@ -1,0 +1,95 @@
+"""Iterable datasets that ask which part they are, split themselves without asking, or do so by rank."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from accelerator import Accelerator
+from rank_pool import RankPool
+
+
+class Plain(IterableDataset[Tensor]):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(self.length))
+
+
+class Counted(Plain):
+    """Its `worker_init_fn` splits it by the argument, as torch's documentation shows."""
+
+    first = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(self.first, self.length))
+
+
+def split(worker: int) -> None:
+    info: Any = get_worker_info()
+    each = -(-info.dataset.length // info.num_workers)
+    info.dataset.first, info.dataset.length = worker * each, min((worker + 1) * each, info.dataset.length)
+
+
+class Named(Plain):
+    """Asks which worker it is in for a name only."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        info = get_worker_info()
+        assert f"worker {0 if info is None else info.id}"
+        return super().__iter__()
+
+
+def read_by(kind: str, workers: int) -> list[int]:
+    accelerator = Accelerator(strategy="auto", seed=4)
+    own: dict[str, Any] = {"multiprocessing_context": "fork"} if workers else {}
+    if kind == "split by its argument":
+        own["worker_init_fn"] = split
+    data = {"split by its argument": Counted, "named": Named, "by rank": ByRank}[kind](24)
+    loader = accelerator.prepare(DataLoader(data, batch_size=2, num_workers=workers, **own))
+    return sorted(sample for batch in loader for sample in accelerator.gather_for_metrics(batch).tolist())
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("split by its argument", 2), ("named", 0), ("named", 2)])
+def test_what_is_asked_in_a_worker_counts_ranks_too(ranks: RankPool, kind: str, workers: int) -> None:
+    assert ranks(read_by, kind, workers) == [list(range(24))] * 2
+
+
+class ByRank(Plain):
+    """Splits by rank itself, which would leave each rank half of its half."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(dist.get_rank(), self.length, dist.get_world_size()))
+
+
+def warned() -> None:
+    with pytest.warns(UserWarning, match=r"parts \(ranks times workers\) of ByRank begin with different samples"):
+        read_by("by rank", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_by("named", 2)
+
+
+def test_a_stream_that_splits_by_rank_itself_is_warned_of(ranks: RankPool) -> None:
+    ranks(warned)
+
+
+def split_alone(worker: int) -> None:
+    info: Any = get_worker_info()
+    info.dataset.first, info.dataset.length = worker * 12, worker * 12 + 12
+
+
+def test_workers_that_split_without_asking_how_many_they_are_are_warned_of() -> None:
+    loader = Accelerator(strategy="cpu").prepare(
+        DataLoader(Counted(24), 2, num_workers=2, worker_init_fn=split_alone, multiprocessing_context="fork")
+    )
+    with pytest.warns(UserWarning, match="of Counted begin with different samples"):
+        list(loader)
