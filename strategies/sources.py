@@ -332,7 +332,7 @@ class _Place(NamedTuple):
     """What ranks must have alike where a pass begins."""
 
     epoch: int
-    index: int
+    batch: int
     start: int
     seed: int
     digest: int
@@ -344,7 +344,7 @@ def _refuse_apart(cursor: Cursor, places: Sequence[_Place]) -> None:
     first = places[0]
     if any(place[:4] != first[:4] for place in places):
         told = "; ".join(
-            f"rank {rank}: epoch {place.epoch}, batch {place.index}"
+            f"rank {rank}: epoch {place.epoch}, batch {place.batch}"
             + (f" after position {place.start}" if place.start else "")
             for rank, place in enumerate(places)
         )

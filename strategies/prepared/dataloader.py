@@ -145,8 +145,7 @@ class DataLoaderLink:
                 if cursor.is_planned:  # the usual pass, without another generator around it
                     assert cut is not None
                     is_grad_enabled, mark_step = torch.is_grad_enabled, accumulation.strategy.mark_step
-                    final = cut.num_batches - 1
-                    before_last = final - 1
+                    before_last, final = cut.num_batches - 2, cut.num_batches - 1
                     for index, batch in enumerate(self._watched(batches)):
                         if self._last is not cursor:
                             self._refuse_two()
