@@ -1,4 +1,4 @@
-"""Batch normalisation as torch defines it, on devices whose running variance is the biased one."""
+"""Batch and instance normalisation as torch defines them, on devices whose running variance is the biased one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from .errors import PrepareError
 
 
 def correct_running_variance(model: nn.Module) -> None:
-    """Have every batch normalisation of `model` keep the running variance that torch keeps on a CPU.
+    """Have every normalisation of `model` that keeps a running variance keep the one that torch keeps on a CPU.
 
-    torch estimates it with n - 1 (n: elements per channel in the batch); torch_xla 2.9 with n. Raises
-    `PrepareError` for `momentum=None`, which reads a count from the device in every forward.
+    torch estimates it with n - 1 (n: elements per channel in the batch, or in a sample for instance normalisation);
+    torch_xla 2.9 with n. Raises `PrepareError` for batch normalisation with `momentum=None`, which reads a count from
+    the device in every forward.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or not module.track_running_stats:
+        if not isinstance(module, nn.modules.batchnorm._NormBase) or not module.track_running_stats:
             continue
-        if module.momentum is None:
+        if module.momentum is None and isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise PrepareError(
                 f"{name or type(module).__name__} is {type(module).__name__}(momentum=None), which would read a number "
                 "from the device in every forward. Give it a momentum, or use GroupNorm or LayerNorm."
@@ -51,6 +52,8 @@ class _After:
         old, self.before.variance = self.before.variance, None
         if old is None:
             return
-        number = inputs[0].numel() // inputs[0].shape[1]
+        number = inputs[0].numel() // len(old)
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and inputs[0].ndim > module._get_no_batch_dim():
+            number //= len(inputs[0])  # each sample has a variance of its own
         variance = module.running_var.data  # backward holds the buffer, and does not use it in training
-        variance.add_((variance - (1 - module.momentum) * old) / (number - 1))
+        variance.add_((variance - (1 - (module.momentum or 0.0)) * old) / (number - 1))

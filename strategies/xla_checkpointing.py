@@ -21,7 +21,8 @@ from .tree import iterate_tensors
 def recompute_in_backward(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]]) -> None:
     """Have the chosen modules of `model`, name and module, keep their inputs alone.
 
-    Raises `PrepareError` if there are none, and for batch normalisation in them, which would count batches twice.
+    Raises `PrepareError` if there are none, and for normalisation with running statistics in them, which would count
+    batches twice.
     """
     if not chosen:
         raise PrepareError(
@@ -30,7 +31,7 @@ def recompute_in_backward(model: nn.Module, chosen: Sequence[tuple[str, nn.Modul
         )
     for name, block in chosen:
         for inner, module in block.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
                 raise PrepareError(
                     f"{name}.{inner} is {type(module).__name__}, and activation_checkpointing would count its batches "
                     "twice. Choose other blocks in transformer_layer_cls, or use GroupNorm or LayerNorm."

@@ -24,6 +24,7 @@ from accelerator import EMA, Accelerator, PadBatches
 from compilations import loops
 from conformance import rules
 from loading import exceptions, workers
+from normalising import normalising
 from strategies import XLA
 from training import (
     BATCH,
@@ -140,46 +141,6 @@ def recomputed(strategy: XLA) -> Any:
         "of copies": float((copied(x) - loaded(x)).abs().max()),
         "explain": "recomputed                        2 blocks" in str(accelerator.explain()),
     }
-
-
-class Normalised(nn.Module):
-    """Batch normalisation of vectors and of images, and dropout that does nothing in evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 8, 3, padding=1)
-        self.of_images = nn.BatchNorm2d(8)
-        self.linear = nn.Linear(8 * 32, 32)
-        self.of_vectors = nn.BatchNorm1d(32, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        images = torch.tanh(self.of_images(self.conv(x.reshape(-1, 1, 4, 8))))
-        return self.of_vectors(self.linear(images.flatten(1)))
-
-
-def batch_norm(strategy: XLA) -> Any:
-    """Statistics after training, and what evaluation makes of them."""
-    accelerator = Accelerator(strategy)
-    net, twin = make_net(Normalised), make_net(Normalised)
-    model, optimizer, loader = accelerator.prepare(net, make_sgd(net), DataLoader(make_data(), batch_size=BATCH))
-    other, (inputs, targets, _) = make_sgd(twin), make_data().tensors
-    for number, _ in enumerate(steps(accelerator, model, optimizer, loader)):
-        own = slice(number * BATCH, (number + 1) * BATCH)
-        other.zero_grad()
-        each_loss(twin, inputs[own], targets[own]).mean().backward()
-        other.step()
-    found = {
-        name: float((buffer.cpu() - dict(twin.named_buffers())[name]).abs().max())
-        for name, buffer in model.named_buffers()
-    }
-    model.eval()
-    twin.eval()
-    x = make_data().tensors[0]
-    with torch.no_grad():
-        found["evaluation"] = float((model(x.to(accelerator.device)).cpu() - twin(x)).abs().max())
-    copied = copy.deepcopy(model).cpu()
-    found["of a copy"] = float((copied(x) - twin(x)).detach().abs().max())
-    return found
 
 
 def evaluation(strategy: XLA) -> Any:
@@ -367,7 +328,7 @@ def averaged(strategy: XLA) -> Any:
 
 
 PARTS = (
-    sgd, adamw, by_tokens, padded, bf16, recomputed, batch_norm, evaluation, resume, dropout, optimizers, clip_value,
+    sgd, adamw, by_tokens, padded, bf16, recomputed, normalising, evaluation, resume, dropout, optimizers, clip_value,
     exceptions, workers, export, averaged, loops, rules,
 )  # fmt: skip
 # What one device shows as well as a mesh of several.
