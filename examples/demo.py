@@ -11,7 +11,7 @@ Expected output, after the lines of the two runs:
     largest difference between the loss curves, over 230 steps: 2.4e-07
     picture: runs/demo/curves.png
 
-`--strategies cpu,xla` compares two strategies instead, one process each; that needs what they need.
+`--strategies cpu,xla` compares two strategies instead, one process each; that needs what they need (PJRT_DEVICE).
 """
 
 import argparse

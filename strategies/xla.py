@@ -190,9 +190,10 @@ class XLA(Strategy):
         """The devices, how they are laid out, and what is cut over them."""
         layout = _xla(world).layout
         again = {"recomputed": f"{len(self._blocks(wrapped))} blocks"} if self.activation_checkpointing else {}
+        devices = f"{_xla(world).num_devices} of {xla_runtime.hardware()} of torch_xla"
         if layout is None:
-            return {"devices": f"1 of torch_xla ({world.device})", **again}
-        return {"devices": f"{_xla(world).num_devices} of torch_xla, one program", **layout.describe(wrapped), **again}
+            return {"devices": devices, **again}
+        return {"devices": f"{devices}, one program", **layout.describe(wrapped), **again}
 
     def _blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         if self.transformer_layer_cls:

@@ -17,7 +17,7 @@ def start(strategy: str, *, wants_mesh: bool) -> tuple[torch.device, int]:
 
     With `wants_mesh` and several devices, one program runs on all of them (SPMD), which a process does from its
     start to its end or never. Raises `LaunchError` if the runtime is not there, does not fit torch or the processes
-    that were started, or is in the other mode.
+    that were started, finds no hardware that was asked for, or is in the other mode.
     """
     _refuse_several_processes(strategy)
     _import(strategy)
@@ -25,12 +25,15 @@ def start(strategy: str, *, wants_mesh: bool) -> tuple[torch.device, int]:
     import torch_xla.runtime as xr
 
     is_first = not torch_xla._XLAC._xla_runtime_is_initialized()
-    num_devices = xr.global_runtime_device_count()
-    if xr.process_count() > 1:
+    try:
+        num_devices = xr.global_runtime_device_count()
+    except (RuntimeError, OSError) as error:
         raise LaunchError(
-            f"{strategy} found {xr.process_count()} processes of torch_xla, as on several hosts; expected one. "
-            "Training over several hosts is not built yet: use the devices of one host."
-        )
+            f"torch_xla finds no device of the kind that PJRT_DEVICE names, {os.environ.get('PJRT_DEVICE')!r}; "
+            "expected TPU, on a host that has one and with libtpu (pip install 'torch_xla[tpu]'), or CPU. "
+            f"It said: {str(error).splitlines()[0][:200]}"
+        ) from error
+    refuse_several_hosts(strategy, xr.process_count())
     spmd = wants_mesh and num_devices > 1
     if xr.is_spmd() and not spmd:
         raise LaunchError(
@@ -86,7 +89,24 @@ def is_forbidden(error: BaseException) -> bool:
     return "Unexpected execution happens" in str(error)
 
 
+def hardware() -> str:
+    """What the runtime of this process drives, such as "4 x TPU"."""
+    import torch_xla.runtime as xr
+
+    return f"{xr.global_runtime_device_count()} x {xr.device_type()}"
+
+
+def refuse_several_hosts(strategy: str, num_processes: int) -> None:
+    """Raise `LaunchError` where torch_xla counts more processes than this one."""
+    if num_processes > 1:
+        raise LaunchError(
+            f"{strategy} found {num_processes} processes of torch_xla, as on several hosts; expected one. "
+            "Training over several hosts is not built yet: use the devices of one host."
+        )
+
+
 def _import(strategy: str) -> None:
+    chosen = os.environ.get("PJRT_DEVICE")
     try:
         import torch_xla  # noqa: F401  # an import that fails must fail here
     except ImportError as error:
@@ -95,6 +115,12 @@ def _import(strategy: str) -> None:
             "each other. pip install 'torch-accelerator[xla]' brings both. "
             f"Python said: {str(error).splitlines()[0][:200]}"
         ) from error
+    if not chosen and os.environ.get("PJRT_DEVICE", "CPU") == "CPU":
+        os.environ.pop("PJRT_DEVICE", None)  # torch_xla has set it, when it was imported
+        raise LaunchError(
+            f"{strategy} found no TPU on this host, and torch_xla would take the CPU instead. Set PJRT_DEVICE=CPU to "
+            "mean that (CPU_NUM_DEVICES is how many), or run on a host with a TPU and libtpu."
+        )
 
 
 def _installed() -> str:

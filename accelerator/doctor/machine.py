@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from accelerator.launch.plan import cores_here
+from strategies import xla_runtime
 
 PACKAGES = ("torch", "torch-accelerator", "torch_xla", "numpy", "pydantic", "safetensors", "xxhash", "rich")
 SHARED_MEMORY = Path("/dev/shm")
@@ -76,6 +77,8 @@ def device_name(device: torch.device) -> str:
     """The model of a device, as far as torch knows it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "xla":
+        return f"{xla_runtime.hardware()} of torch_xla"
     return platform.processor() or platform.machine() if device.type == "cpu" else device.type
 
 

@@ -15,6 +15,7 @@ from accelerator import Accelerator
 from strategies import XLA, ConfigurationError, LaunchError, recompilation
 from strategies.recompilation import Recompilations
 from strategies.xla_layout import Layout, re_tie, ties_of
+from strategies.xla_runtime import refuse_several_hosts
 
 
 def test_without_torch_xla_it_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +46,12 @@ def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match="XLA drives all devices of a host from one process, but torchrun started 2"):
         XLA().setup()
+
+
+def test_processes_of_several_hosts_are_refused() -> None:
+    refuse_several_hosts("XLA", 1)
+    with pytest.raises(LaunchError, match="XLA found 2 processes of torch_xla, as on several hosts; expected one"):
+        refuse_several_hosts("XLA", 2)
 
 
 @pytest.mark.parametrize(

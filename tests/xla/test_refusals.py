@@ -144,3 +144,27 @@ def test_two_processes_are_refused_before_the_runtime_starts(fresh: FreshProcess
             "LaunchError: XLA drives all devices of a host from one process, but torchrun started 2" in finished.stderr
         )
         assert finished.stdout == "False\n"
+
+
+NO_DEVICE = {
+    None: "LaunchError: XLA found no TPU on this host, and torch_xla would take the CPU instead. Set PJRT_DEVICE=CPU",
+    "TPU": "LaunchError: torch_xla finds no device of the kind that PJRT_DEVICE names, 'TPU'; expected TPU, on a host",
+    "BOGUS": "LaunchError: torch_xla finds no device of the kind that PJRT_DEVICE names, 'BOGUS'; expected TPU, on a",
+}
+
+
+@pytest.mark.parametrize("asked", list(NO_DEVICE))
+def test_hardware_that_is_not_there_is_an_error_and_never_the_cpu(fresh: FreshProcesses, asked: str | None) -> None:
+    tries = 2 if asked is None else 1  # torch_xla itself ends a process that asks for a TPU again
+    script = f"from accelerator import Accelerator\nfor _ in range({tries}):\n    try:\n        Accelerator('xla')\n"
+    script += "    except Exception as error:\n        print(f'{type(error).__name__}: {error}')\n"
+    (finished,) = fresh(script, timeout=200, env={"PJRT_DEVICE": asked})
+    said = finished.stdout.splitlines()
+    assert len(said) == tries
+    assert all(line.startswith(NO_DEVICE[asked]) for line in said), finished.stdout + finished.stderr
+
+
+def test_the_doctor_names_the_hardware(fresh: FreshProcesses) -> None:
+    (finished,) = fresh(["-m", "accelerator", "doctor", "--strategy", "xla"], timeout=200)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "4 x CPU of torch_xla" in finished.stdout

@@ -86,7 +86,7 @@ def test_a_sharded_window_gathers_parameters_and_reduces_gradients(of: Of, progr
 
 def test_explain_shows_devices_mesh_and_what_is_cut(mode: str, of: Of) -> None:
     said = of("sgd")["explain"]
-    assert ("1 of torch_xla" if mode == "none" else "4 of torch_xla, one program") in said
+    assert ("1 of 4 x CPU of torch_xla" if mode == "none" else "4 of 4 x CPU of torch_xla, one program") in said
     words = {
         "data": "4 copies of the model over 1 device each",
         "fsdp": "1 copy of the model over 4 devices each",
