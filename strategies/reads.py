@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 _OURS = str(Path(__file__).resolve().parent)
@@ -17,7 +17,6 @@ _SKIPPED = (
     sysconfig.get_paths()["purelib"],
     sysconfig.get_paths()["stdlib"],
 )
-_READING = ("_local_scalar_dense", "nonzero", "equal")
 
 
 def line_of_the_loop() -> str:
@@ -29,15 +28,28 @@ def line_of_the_loop() -> str:
 
 
 class ReadingLines(TorchDispatchMode):
-    """The lines that read values between `begin` and `end`, but for `print`, which torch hides from modes."""
+    """The lines that read values between `begin` and `end`, by `num_read`, which counts reads of the process.
 
-    def __init__(self) -> None:
+    torch hides what `print` and `repr` do from modes: `next_line` is that of the first operation after such a read.
+    """
+
+    def __init__(self, num_read: Callable[[], int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations here
         self.lines: list[str] = []
+        self.next_line = ""
+        self._num_read = num_read
+        self._seen = 0
 
     def begin(self) -> None:
         """Look at every operation from now on."""
+        self._seen = self._num_read()
         self.__enter__()  # type: ignore[no-untyped-call]
+
+    def forget(self) -> None:
+        """Leave out what was read until now."""
+        self.lines.clear()
+        self.next_line = ""
+        self._seen = self._num_read()
 
     def end(self) -> bool:
         """Stop looking. False if a mode that the loop has entered since must be left first."""
@@ -47,10 +59,12 @@ class ReadingLines(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        # Evaluation reads what it likes.
-        to_cpu = name == "_to_copy" and kwargs.get("device") == torch.device("cpu") and args[0].device.type == "xla"
-        if torch.is_grad_enabled() and (to_cpu or (name in _READING and args[0].device.type == "xla")):
-            self.lines.append(line_of_the_loop())
-        return func(*args, **kwargs)
+        before = self._num_read()
+        if before > self._seen and not self.next_line:
+            self.next_line = line_of_the_loop()
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._seen = self._num_read()
+            if self._seen > before:
+                self.lines.append(line_of_the_loop())

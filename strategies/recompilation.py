@@ -19,11 +19,13 @@ _WARM_UP_STEPS = 4  # the optimizer makes its state in the first, explicit weigh
 _SHAPES_WITHOUT_WARNING = 2  # of a full window and the last one
 _CHANGES_WITHOUT_WARNING = 2  # a schedule reaches 0 or 1, which are numbers of the program and not of its input
 _MOST_SHAPES = 1000  # remembered
+_COUNTED_WINDOWS = 32  # after one that copied more than usual: a loop may read in every tenth only
+_OBSERVED_WINDOWS = 100  # at most, after one that read
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """Programs compiled, tensors copied, values read; the last where it is looked at."""
+    """Programs compiled, tensors copied, values read; the last where reads are counted."""
 
     compiled: int
     copies: int
@@ -34,7 +36,8 @@ class Recompilations:
     """Counts, for one Accelerator, what its programs cost: compilations, runs, shapes of batches.
 
     Warns once for each cause, after the first steps. Every window is counted cheaply, by the copies between devices
-    and the host; reads alone are counted where there are more copies than in a window that was seen to read nothing.
+    and the host; reads alone are counted in the windows that follow one with more copies than a window that was seen
+    to read nothing. From a window that read on, operations are looked at, until one is seen to read.
     """
 
     def __init__(self) -> None:
@@ -47,9 +50,9 @@ class Recompilations:
         self._begun: _Counts | None = None  # when the first batch of the window was taken
         self._usual = -1  # copies in a window that read nothing
         self._reads = 0
-        self._suspects = False  # whether reads are counted in this window
-        self._found = False  # whether there were any in the window before
-        self._observer: ReadingLines | None = None  # of the window after one that read
+        self._counted = 0  # windows left in which reads are counted
+        self._observed = 0  # windows left in which operations are looked at, unless a line is found before
+        self._observer: ReadingLines | None = None
         self._changes = 0
         self._warned: set[str] = set()
 
@@ -58,8 +61,8 @@ class Recompilations:
         if not torch.is_grad_enabled():
             return
         if not self._window:
-            if self._found and self._observer is None and "read" not in self._warned:
-                self._observer = ReadingLines()
+            if self._observed and self._observer is None:
+                self._observer = ReadingLines(_num_read)
                 self._observer.begin()
             self._begun = self._count()
         shapes = _shapes_of(batch)
@@ -80,13 +83,16 @@ class Recompilations:
         else:
             self._look(self._begun)
         if self._observer is not None and self._observer.end():
-            self._tell_of_reads(self._observer.lines)
+            if self._reads:
+                self._tell_of_reads(self._observer)
             self._observer = None
 
     def after_run(self) -> None:
         """Look at what this step compiled."""
         if not torch.is_grad_enabled():  # evaluation reads what it likes
             self._begun = self._count() if self._window else None
+            if self._observer is not None:
+                self._observer.forget()
             return
         compiled = _num_compiled() - self._begun.compiled if self._begun is not None else 0
         window, self._window, self._begun = tuple(self._window), [], None
@@ -113,7 +119,7 @@ class Recompilations:
                 len(self._known),
                 listed,
             )
-        elif compiled and not is_new and not self._reads:
+        elif compiled and not is_new and not self._reads and not self._observed:  # to be looked at changes a program
             self._changes += 1
             if self._changes > _CHANGES_WITHOUT_WARNING:
                 self._warn(
@@ -126,30 +132,34 @@ class Recompilations:
                 )
 
     def _count(self) -> _Counts:
-        return _Counts(_num_compiled(), _num_copies(), _num_read() if self._suspects else 0)
+        return _Counts(_num_compiled(), _num_copies(), _num_read() if self._counted or self._observed else 0)
 
     def _look(self, begun: _Counts) -> None:
         copies = _num_copies() - begun.copies
-        if self._suspects:
+        if self._counted or self._observed:
             self._reads = _num_read() - begun.reads
-            self._found = self._reads > 0
-            self._suspects = self._found and "read" not in self._warned
-            if not self._found:
+            self._counted, self._observed = max(0, self._counted - 1), max(0, self._observed - 1)
+            if not self._reads:
                 self._usual = max(self._usual, copies)
+            elif "read" not in self._warned and not self._observed:
+                self._observed = _OBSERVED_WINDOWS
         else:
             self._reads = max(0, copies - self._usual)  # at most
-            self._suspects = self._reads > 0 and self.num_steps >= _WARM_UP_STEPS and "read" not in self._warned
+            if self._reads and self.num_steps >= _WARM_UP_STEPS and "read" not in self._warned:
+                self._counted = _COUNTED_WINDOWS if self._usual >= 0 else 1  # of the first, nothing is known yet
 
-    def _tell_of_reads(self, lines: list[str]) -> None:
-        if self._reads:
-            where = ", ".join(sorted(set(lines))) or "something (print, perhaps)"
-            self._warn(
-                "read",
-                "%s read a value from the device inside a window, as .item(), float(), print and an if on a tensor do. "
-                "Each splits the step's program and waits for it. Keep such values as tensors (.detach()), and read "
-                "them after the window",
-                where,
-            )
+    def _tell_of_reads(self, observer: ReadingLines) -> None:
+        self._counted = self._observed = 0
+        where = ", ".join(sorted(set(observer.lines)))
+        if not where:
+            where = f"something (print, perhaps) before {observer.next_line or 'the end of the window'}"
+        self._warn(
+            "read",
+            "%s read a value from the device inside a window, as .item(), float(), print and an if on a tensor do. "
+            "Each splits the step's program and waits for it. Keep such values as tensors (.detach()), and read "
+            "them after the window; evaluate under torch.no_grad()",
+            where,
+        )
 
     def _warn(self, cause: str, words: str, *values: object) -> None:
         if cause not in self._warned:
@@ -176,11 +186,11 @@ def _num_compiled() -> int:
 
 
 def _num_copies() -> int:
-    """Tensors copied between devices and the host in this process so far, either way, and values read. Costs 1 us."""
+    """Tensors copied between devices and the host in this process so far, either way. Costs 1 us."""
     import torch_xla
 
     value_of = torch_xla._XLAC._xla_counter_value
-    return (value_of("xla::_to_copy") or 0) + (value_of("aten::_local_scalar_dense") or 0)
+    return (value_of("xla::_to_copy") or 0) + (value_of("xla::_to_cpu") or 0)  # the second: for operations of the CPU
 
 
 def _num_read() -> int:

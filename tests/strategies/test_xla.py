@@ -179,11 +179,35 @@ def test_copies_that_read_nothing_are_learned(
 ) -> None:
     monkeypatch.setattr(recompilation, "ReadingLines", None)  # looking at operations changes the program
     watch = Recompilations()
-    for number in range(30):
-        device.copies += 3 + number // 10  # of batches to the device; more of them later
+    for number in range(60):
+        device.copies += 3 + min(number // 10, 2)  # of batches to the device; more of them until the 20th window
         step(watch, device, 8)
     assert caplog.messages == []
-    assert not watch._suspects
+    assert not watch._counted  # where reads are counted no longer, nobody waits for the count
+
+
+def test_a_read_in_every_tenth_window_is_found(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    watch = Recompilations()
+    for number in range(1, 41):
+        step(watch, device, 8, reads=number % 10 == 0)
+        assert len(caplog.messages) == (
+            number >= 30
+        )  # copies more in the 10th, is counted in the 20th, seen in the 30th
+    assert "read a value from the device inside a window" in caplog.messages[0]
+    assert not watch._counted
+    assert not watch._observed
+
+
+def test_a_loop_that_reads_no_more_is_looked_at_for_a_while_only(
+    device: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = Recompilations()
+    for number in range(1, 140):
+        step(watch, device, 8, reads=number in (10, 20))
+        assert bool(watch._observed) == (20 <= number < 120)
+    assert caplog.messages == []
+    step(watch, device, 8)
+    assert watch._observer is None
 
 
 def test_a_save_inside_a_window_is_no_read(device: Device, caplog: pytest.LogCaptureFixture) -> None:

@@ -87,6 +87,25 @@ def reading(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -
     run(steps(accelerator, model, optimizer, loader, inside=read))
 
 
+def reading_now_and_then(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
+    def loss_of(each: Tensor, number: int) -> Tensor:
+        if number % 10 == 9:
+            float(each.mean())  # the line to be named
+        return each.mean()
+
+    run(steps(accelerator, model, optimizer, loader, loss_of=loss_of))
+
+
+def masking(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
+    """An operation whose result is as long as its values say, where gradients are off but nothing is evaluated."""
+
+    def read(loss: Tensor) -> None:
+        with torch.no_grad():
+            loss.expand(4)[loss.expand(4) > 0]  # the line to be named
+
+    run(steps(accelerator, model, optimizer, loader, inside=read))
+
+
 def printing(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
     run(steps(accelerator, model, optimizer, loader, inside=lambda loss: print(loss, file=sys.stderr)))
 
@@ -119,6 +138,8 @@ def loops(strategy: XLA) -> Any:
         "saving, forbidden to read": warnings_of(forbidding, saving, 21 * BATCH, gradient_accumulation_steps=3),
         "reading": warnings_of(strategy, reading),
         "reading, forbidden": warnings_of(forbidding, reading),
+        "reading now and then": warnings_of(strategy, reading_now_and_then, 33 * BATCH),
+        "masking": warnings_of(strategy, masking),
         "printing": warnings_of(strategy, printing),
         "shapes": warnings_of(strategy, changing_shapes),
         "number": warnings_of(strategy, changing_number),

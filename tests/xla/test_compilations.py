@@ -42,8 +42,9 @@ def test_a_steady_loop_is_not_warned(messages: dict[str, list[str]], loop: str) 
     assert messages[loop] == []
 
 
-def test_a_value_read_inside_a_window_is_named(messages: dict[str, list[str]]) -> None:
-    (message,) = messages["reading"]
+@pytest.mark.parametrize("loop", ["reading", "reading now and then", "masking"])
+def test_a_value_read_inside_a_window_is_named(messages: dict[str, list[str]], loop: str) -> None:
+    (message,) = messages[loop]
     line, words = re.match(r"(.*?\.py:\d+) (read a value from the device inside a window.*)", message).groups()
     assert "# the line to be named" in line_of(line)
     assert "accumulate" in line_of(words)
@@ -56,8 +57,9 @@ def test_a_value_read_inside_a_window_is_an_error_where_that_is_asked(messages: 
 
 def test_a_value_printed_inside_a_window_is_told_with_the_window(messages: dict[str, list[str]]) -> None:
     (message,) = messages["printing"]
-    assert message.startswith("something (print, perhaps) read a value")
-    assert "accumulate" in line_of(message)
+    next_line, words = re.match(r"something \(print, perhaps\) before (.*:\d+) (read a value.*)", message).groups()
+    assert "accelerator.backward(loss)" in line_of(next_line)
+    assert "accumulate" in line_of(words)
 
 
 def test_changing_shapes_are_named_with_counts(messages: dict[str, list[str]]) -> None:
