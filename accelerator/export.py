@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from strategies import World, collectives
+from strategies import World, collectives, xla_layout
 from strategies.blocks import class_name
 from strategies.errors import StateError, listed
 from strategies.shards import copy_whole, is_quantized, is_sharded, local, whole
@@ -239,7 +239,7 @@ def _gathered(state: dict[str, Any], world: World) -> Iterator[tuple[str, Any]]:
             full = whole(value)
             if world.is_main:
                 is_fresh = _is_fresh(full, value)
-                yield name, full.cpu() if is_fresh else full.clone()
+                yield name, _on_host(full) if is_fresh else full.clone()
                 if not is_fresh:
                     give_back(full)  # if it is mapped from a file
             del full
@@ -252,6 +252,10 @@ def _is_fresh(full: Tensor, value: Tensor) -> bool:
     if full.device.type != "cpu":
         return True
     return is_sharded(value) and full.untyped_storage().data_ptr() != local(value).untyped_storage().data_ptr()
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return xla_layout.on_host(tensor) if tensor.device.type == "xla" else tensor.cpu()
 
 
 def _without_ties(model: nn.Module) -> dict[str, Tensor]:

@@ -82,6 +82,26 @@ def lay_out_like(tensor: Tensor, like: Tensor) -> None:
         torch_xla._XLAC._xla_mark_sharding(tensor, sharding)
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy of `tensor`, on the device of torch_xla, whole in CPU memory.
+
+    Put together here from what each device holds: `tensor.cpu()` compiles a program that puts it together on each.
+    """
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+    from torch_xla.distributed.spmd import ShardingType, wrap_if_sharded
+
+    tensor = tensor.detach()
+    if torch_xla._XLAC._get_xla_sharding_type(tensor) in (None, ShardingType.REPLICATED.value):
+        return tensor.cpu()
+    xm.wait_device_ops()  # of what is still running, there are no parts yet
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for shard in wrap_if_sharded(tensor).local_shards:
+        own = tuple(slice(0, part.stop - part.start) for part in shard.indices)  # without the compiler's padding
+        copied[tuple(shard.indices)] = shard.data[own]
+    return copied
+
+
 def move_model(model: nn.Module, device: torch.device) -> nn.Module:
     """Move `model` in place. Its parameters are replaced; their ties and Python attributes are kept.
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from strategies import World, xla_planners
+from strategies import World, xla_layout, xla_planners
 from strategies.errors import StateError
 
 from .folder import Digested, FileEntry
@@ -58,7 +58,8 @@ class _OnlyAnIndex(pickle.Unpickler):
 def stage(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies in CPU memory, cut as the tensors are; in the memory of `before` where it has the same. Not a collective.
 
-    What is on a device is copied by the stager of `torch.distributed.checkpoint`, but for torch_xla's, which is whole.
+    What is on a device is copied by the stager of `torch.distributed.checkpoint`, but for torch_xla's, which is copied
+    device by device and whole here.
     """
     on_device = {name: tensor for name, tensor in tensors.items() if tensor.device.type not in ("cpu", "xla")}
     staged: dict[str, Tensor] = {}
@@ -70,11 +71,11 @@ def stage(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[s
         for name, tensor in tensors.items():
             if name in on_device:
                 continue
-            held, kept = tensor.cpu() if tensor.device.type == "xla" else tensor, before.get(name)
+            held, kept = xla_layout.on_host(tensor) if tensor.device.type == "xla" else tensor, before.get(name)
             if kept is not None and _is_cut_alike(held, kept):
                 staged[name] = kept.copy_(held)
             else:
-                staged[name] = held.clone()
+                staged[name] = held.clone() if held is tensor else held
     return staged
 
 

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 import torch_xla
+import torch_xla.debug.metrics as metrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from accelerator import EMA, Accelerator, PadBatches
+from accelerator.checkpoint.tensors import stage
 from compilations import loops
 from conformance import rules
 from loading import exceptions, workers
@@ -284,6 +286,11 @@ def clip_value(strategy: XLA) -> Any:
     return max(float((weights_of(model)[n] - w).abs().max()) for n, w in weights_of(twin).items())
 
 
+def num_compiled() -> int:
+    """Programs compiled so far, with those that put tensors together to be read."""
+    return (metrics.metric_data("CompileTime") or [0])[0]
+
+
 def export(strategy: XLA) -> Any:
     """Weights go out whole and come back, prepared or plain, cut or not."""
     accelerator = Accelerator(strategy)
@@ -294,9 +301,15 @@ def export(strategy: XLA) -> Any:
     other = {name: value + 1 for name, value in make_net().state_dict().items()}
     model.load_state_dict(other)
     torch_xla.sync()
+    before_reading = num_compiled()
     state = accelerator.get_state_dict(model)
+    staged = stage(model.state_dict(), {})
+    again = stage(model.state_dict(), staged)
     return {
         "equal": all(torch.equal(state[name], value) for name, value in other.items()),
+        "staged": all(torch.equal(again[name], value) for name, value in other.items()),
+        "in the same memory": all(again[name] is value for name, value in staged.items()),
+        "nothing compiled": num_compiled() == before_reading,
         "on the CPU": all(value.device.type == "cpu" for value in state.values()),
         "cut as before": shapes_on_devices(model, optimizer) == before,
         "tied": model.again.weight is model.down.weight,
