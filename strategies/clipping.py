@@ -29,7 +29,10 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, norm_type: flo
     _check_bound("max_norm", max_norm)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(is_sharded(gradient) for gradient in gradients):
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        # The two halves of torch's clip_grad_norm_, which torch_xla replaces by one that reads values for norm_type=inf.
+        total = torch.nn.utils.get_total_norm(gradients, norm_type)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+        return total
     total = total_norm(parameters, norm_type)
     torch._foreach_mul_([local(gradient) for gradient in gradients], (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total

@@ -145,8 +145,11 @@ def test_optimizers_of_torch_step_as_on_a_cpu_or_are_refused(of: Of) -> None:
     assert all(difference < 1e-5 for difference in result.values()), result
 
 
-def test_clipping_by_value(of: Of) -> None:
-    assert of("clip_value") < 1e-6
+def test_clipping_by_value_and_by_the_largest_element_reads_nothing(of: Of) -> None:
+    result = of("clipping")
+    assert result["value"] < 1e-6
+    assert result["largest"] < 1e-6
+    assert result["reads for value"] == result["reads for largest"] == 0
 
 
 def test_exceptions_of_the_dataset_reach_the_loop(of: Of) -> None:
