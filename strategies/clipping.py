@@ -29,7 +29,7 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, norm_type: flo
     _check_bound("max_norm", max_norm)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(is_sharded(gradient) for gradient in gradients):
-        # The two halves of torch's clip_grad_norm_, which torch_xla replaces by one that reads values for norm_type=inf.
+        # The halves of torch's clip_grad_norm_, which torch_xla replaces by one that reads values for norm_type=inf.
         total = torch.nn.utils.get_total_norm(gradients, norm_type)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
         return total

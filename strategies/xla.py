@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from .unbiased_variance import correct_running_variance
 from .world import World
 from .xla_checkpointing import recompute_in_backward
 from .xla_layout import Layout, lay_out_like, move_model, refuse_others
+from .xla_refusals import explain, refuse_inference_mode, refuse_unknown
 
 Shard = Literal["none", "data", "fsdp"]
 
@@ -106,6 +108,7 @@ class XLA(Strategy):
         if self.activation_checkpointing:
             blocks.refuse_caches(model)
             recompute_in_backward(model, self._blocks(model))
+        refuse_unknown(model, several_devices=_xla(world).layout is not None)
         model = move_model(model, world.device)
         correct_running_variance(model)
         layout = _xla(world).layout
@@ -132,8 +135,9 @@ class XLA(Strategy):
             refuse_others(model)
 
     def discard_gradients(self, wrapped: nn.Module) -> None:
-        """Nothing is kept outside `.grad`."""
+        """Nothing is kept outside `.grad`. The exception that is on its way is told what it may come from."""
         self._allow_reads(True)
+        explain(sys.exc_info()[1], wrapped)
 
     def mark_step(self, world: World) -> None:
         """Run what was recorded."""
@@ -148,6 +152,7 @@ class XLA(Strategy):
         own = _xla(world)
         try:
             for batch in batches:
+                refuse_inference_mode()
                 own.recompilations.note_batch(batch)
                 placed = move(batch, world.device)
                 if own.layout is not None:

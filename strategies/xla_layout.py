@@ -119,14 +119,23 @@ def move_model(model: nn.Module, device: torch.device) -> nn.Module:
     re_tie(model, ties)
     for name, parameter in model.named_parameters():
         vars(parameter).update(vars(before[name]))
-        setattr(parameter, _PREPARED, True)
+        setattr(parameter, _PREPARED, (parameter.device, parameter.dtype))
     return model
 
 
 def refuse_others(model: nn.Module) -> None:
-    """Raise `StepError` for a parameter that `move_model` did not move: no optimizer knows it, nor is it laid out."""
+    """Raise `StepError` for a parameter that `move_model` did not move: no optimizer knows it, nor is it laid out.
+
+    And for one that has another device or dtype since.
+    """
     for name, parameter in model.named_parameters():
-        if not hasattr(parameter, _PREPARED):
+        prepared, now = getattr(parameter, _PREPARED, None), (parameter.device, parameter.dtype)
+        if prepared is not None and prepared != now:
+            raise StepError(
+                f"{name} of {type(model).__name__} was prepared as {prepared[1]} on {prepared[0]} and is {now[1]} on "
+                f"{now[0]} now. Convert the model before prepare(); for precision, Accelerator(mixed_precision='bf16')."
+            )
+        if prepared is None:
             raise StepError(
                 f"{name} of {type(model).__name__} is not the parameter that was prepared: it was added or replaced "
                 "since, and the optimizer does not know it. Change the model before prepare(), or write into the "

@@ -39,7 +39,7 @@ def warnings_of(strategy: XLA, loop: Loop, length: int = 12 * BATCH, **options: 
     try:
         loop(accelerator, *accelerator.prepare(net, make_sgd(net), loader))
     except RuntimeError as error:
-        kept.messages.append(f"raised {error}")
+        kept.messages.append(" ".join([f"raised {error}", *getattr(error, "__notes__", ())]))
     accelerator.end_training()
     logging.getLogger("accelerator").removeHandler(kept)
     return kept.messages

@@ -272,7 +272,7 @@ def optimizers(strategy: XLA) -> Any:
 
 
 def clipping(strategy: XLA) -> Any:
-    """Of other ways to clip than by the Euclidean norm: how far a step is from that on a CPU, and values read for it."""
+    """Of ways to clip but by the Euclidean norm: how far a step is from that on a CPU, and values read for it."""
     found: dict[str, Any] = {}
     for name in ("value", "largest"):
         accelerator = Accelerator(strategy)

@@ -60,8 +60,33 @@ CASES = {
         "StepError: Hiding takes a Box with tensors in it, whose gradients activation_checkpointing would lose",
     ),
     "parameters changed after prepare": (
-        "changed(Accelerator('xla'))",
+        "changed(lambda model: setattr(model, 'weight', nn.Parameter(model.weight.detach() * 2)))",
         "StepError: weight of Linear is not the parameter that was prepared",
+    ),
+    "parameters of another dtype after prepare": (
+        "changed(lambda model: model.bfloat16(), dtype=torch.bfloat16)",
+        "StepError: weight of Linear was prepared as torch.float32 on xla:0 and is torch.bfloat16 on xla:0 now",
+    ),
+    "a model taken off the device after prepare": (
+        "changed(lambda model: model.cpu())",
+        "RuntimeError: .*(weight of Linear was prepared as torch.float32 on xla:0 and is torch.float32 on cpu now"
+        "|weight of Linear is not the parameter that was prepared)",
+    ),
+    "inference mode": (
+        "evaluated(Accelerator('xla'))",
+        "StepError: a batch was taken under torch.inference_mode.., where torch_xla fails .*Use torch.no_grad",
+    ),
+    "sparse gradients": (
+        "Accelerator('xla').prepare(nn.Sequential(nn.Embedding(3, 3, sparse=True)))",
+        r"PrepareError: 0 is Embedding\(sparse=True\), and torch_xla has no sparse gradients. Leave out sparse=True",
+    ),
+    "a GRU without jax": (
+        "Accelerator('xla').prepare(nn.GRU(3, 3))",
+        "PrepareError: GRU is GRU, which torch_xla runs on several devices through jax, which is not installed",
+    ),
+    "a model compiled for torch's own compiler": (
+        "Accelerator('xla').prepare(torch.compile(nn.Linear(3, 3)))",
+        "PrepareError: OptimizedModule is compiled by torch.compile for its default backend, which knows no device",
     ),
     "processes that were asked for": (
         "os.environ['ACCELERATOR_LAUNCH__NPROC_PER_NODE'] = '2'; Accelerator('xla')",
@@ -96,13 +121,17 @@ def hiding(accelerator):
     model = accelerator.prepare(Outer(Hiding(3, 3)))
     model(torch.zeros(2, 3, device=accelerator.device))
 
-def changed(accelerator):
-    net = nn.Linear(3, 3)
+def changed(change, dtype=torch.float32):
+    accelerator, net = Accelerator('xla'), nn.Linear(3, 3)
     model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=1.0))
-    model.weight = nn.Parameter(model.weight.detach() * 2)
+    change(model)
     with accelerator.accumulate(model):
-        accelerator.backward(model(torch.zeros(2, 3, device=accelerator.device)).sum())
+        accelerator.backward(model(torch.zeros(2, 3, device=accelerator.device, dtype=dtype)).sum())
         optimizer.step()
+
+def evaluated(accelerator):
+    with torch.inference_mode():
+        next(iter(accelerator.prepare(torch.utils.data.DataLoader([torch.zeros(3)]))))
 
 said = {}
 for name, code in json.loads(sys.argv[1]).items():
@@ -110,7 +139,7 @@ for name, code in json.loads(sys.argv[1]).items():
         exec(code)
         said[name] = "nothing was raised"
     except Exception as error:
-        said[name] = f"{type(error).__name__}: {error}"
+        said[name] = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 print(json.dumps(said))
 """
 
