@@ -54,6 +54,15 @@ def sgd(strategy: XLA) -> Any:
     return {**distance(came, plain()), **{name: came[name] for name in ("costs", "tied", "shapes", "explain")}}
 
 
+def accumulation(strategy: XLA) -> Any:
+    """One epoch with windows of other lengths; the last has one micro-batch, of three samples."""
+    lengths = (1, 2, 4)
+    return {
+        steps: distance(train(strategy, num_steps=steps, epochs=1), plain(num_steps=steps, epochs=1))
+        for steps in lengths
+    }
+
+
 def adamw(strategy: XLA) -> Any:
     def make(net: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(net.parameters(), lr=1e-2, eps=1e-3)
@@ -357,8 +366,8 @@ def averaged(strategy: XLA) -> Any:
 
 
 PARTS = (
-    sgd, adamw, by_tokens, padded, bf16, recomputed, normalising, evaluation, resume, dropout, optimizers, clipping,
-    exceptions, workers, export, averaged, loops, rules,
+    sgd, accumulation, adamw, by_tokens, padded, bf16, recomputed, normalising, evaluation, resume, dropout, optimizers,
+    clipping, exceptions, workers, export, averaged, loops, rules,
 )  # fmt: skip
 # What one device shows as well as a mesh of several.
 ONLY_UNDER = {

@@ -14,10 +14,11 @@ import pytest
 from fresh_process import FreshProcesses
 
 SCRIPT = Path(__file__).with_name("checkpoints.py")
-# A backward on the CPU may come only after torch_xla has started, so the CPU is last.
-MESHES = ("data", "fsdp", "hybrid")
-HERE, OTHERS = (*MESHES, "cpu"), ("ddp", "fsdp2")
-PAIRS = [(one, other) for one in (*HERE, *OTHERS) for other in (*HERE, *OTHERS) if {one, other} & {*MESHES}]
+# A process drives one device or several. A backward on the CPU may come only after torch_xla has started: it is last.
+ONE, MESHES, OTHERS = ("none",), ("data", "fsdp", "hybrid"), ("ddp", "fsdp2")
+HERE = (*MESHES, "cpu")
+ALL = (*ONE, *HERE, *OTHERS)
+PAIRS = [(one, other) for one in ALL for other in ALL if {one, other} & {*ONE, *MESHES}]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("checkpoints")
     processes = FreshProcesses(tmp_path_factory.mktemp("processes"))
     found: dict[str, Any] = {}
-    jobs = ((2, "write", OTHERS), (None, "write+read", HERE), (2, "read", OTHERS))
-    for nproc, tasks, names in jobs:
+    writing = ((2, "write", OTHERS), (None, "write", ONE))
+    reading = ((None, "write+read", HERE), (None, "read", ONE), (2, "read", OTHERS))
+    for nproc, tasks, names in (*writing, *reading):
         finished = processes(SCRIPT, str(folder), tasks, *names, nproc=nproc, timeout=800)
         assert all(one.returncode == 0 for one in finished), finished[0].stderr
         found |= json.loads(finished[0].stdout.splitlines()[-1])

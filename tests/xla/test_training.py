@@ -33,6 +33,12 @@ def test_losses_norms_and_weights_are_those_of_one_plain_process(of: Of, part: s
     assert result["weights"] < 5e-6
 
 
+def test_windows_of_other_lengths_are_those_of_one_plain_process(of: Of) -> None:
+    result = of("accumulation")
+    assert sorted(result) == ["1", "2", "4"]
+    assert all(value < 5e-6 for distances in result.values() for value in distances.values()), result
+
+
 def test_bfloat16_stays_near_float32(of: Of) -> None:
     assert 1e-5 < of("bf16")["losses"] < 5e-3
 

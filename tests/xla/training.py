@@ -77,15 +77,17 @@ def each_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (net(x).float() - y).square().mean(1)  # (batch,)
 
 
-def plain(make_optimizer: Any = make_sgd, *, epochs: int = 2, clip: float = 0.5, tokens: bool = False) -> Any:
+def plain(
+    make_optimizer: Any = make_sgd, *, epochs: int = 2, clip: float = 0.5, tokens: bool = False, num_steps: int = STEPS
+) -> Any:
     """The oracle: one process on the CPU, each window in one piece."""
     net, (x, y, n) = make_net(), make_data().tensors
     optimizer = make_optimizer(net)
     schedule = make_schedule(optimizer)
     losses, norms = [], []
     for _ in range(epochs):
-        for first in range(0, LENGTH, BATCH * STEPS):
-            window = slice(first, first + BATCH * STEPS)
+        for first in range(0, LENGTH, BATCH * num_steps):
+            window = slice(first, first + BATCH * num_steps)
             each = each_loss(net, x[window], y[window])
             loss = (each * n[window]).sum() / n[window].sum() if tokens else each.mean()
             optimizer.zero_grad()
@@ -145,10 +147,11 @@ def train(
     epochs: int = 2,
     clip: float = 0.5,
     tokens: bool = False,
+    num_steps: int = STEPS,
     **options: Any,
 ) -> Any:
     """The same through the library, with metrics kept on the device until after the window."""
-    accelerator = Accelerator(strategy, gradient_accumulation_steps=STEPS, **options)
+    accelerator = Accelerator(strategy, gradient_accumulation_steps=num_steps, **options)
     net = make_net()
     optimizer = make_optimizer(net)
     model, optimizer, schedule, loader = accelerator.prepare(
