@@ -145,7 +145,6 @@ class FSDP(Strategy):
 
     def setup(self) -> World:
         """Join the process group that the launcher describes, and lay the ranks out in a mesh."""
-        import torch.distributed.nn.functional  # noqa: F401  # imported later, it would keep the group for ever
         from torch.distributed.device_mesh import init_device_mesh
 
         world = join(self.device, self.backend, timedelta(seconds=self.timeout_seconds))

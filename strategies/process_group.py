@@ -133,6 +133,10 @@ def join(device: str, backend: str | None, timeout: timedelta) -> World:
     placement = read_environment(os.environ)
     picked = pick_device(device, placement.local_rank)
     if not dist.is_initialized():
+        # Imported once there is a group, as DistributedDataParallel does, it would keep that one for ever in its
+        # arguments' defaults (`group=group.WORLD`): connections stay open, and ranks that wait in them are not woken.
+        import torch.distributed.nn.functional  # noqa: F401
+
         if backend is None:
             default = _default_backend(picked)
             backend = default if picked.type == "cpu" else f"cpu:gloo,{picked.type}:{default}"

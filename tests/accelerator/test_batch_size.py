@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from accelerator import Accelerator, find_executable_batch_size
 from blocks_net import losses_of, make_net
+from fresh_process import FreshProcesses
 from rank_pool import RankPool
 from strategies import DDP, FSDP, ConfigurationError, StepError
 
@@ -93,6 +96,26 @@ def test_another_error_of_one_rank_ends_the_search(ranks: RankPool) -> None:
     errors = ranks(search, "otherwise", return_exceptions=True)
     assert isinstance(errors[1], KeyError)
     assert isinstance(errors[0], Exception)
+
+
+SEARCH_AND_LEAVE = """
+import sys
+from pathlib import Path
+from accelerator import find_executable_batch_size
+from test_batch_size import train
+assert "torch._dynamo" not in sys.modules, "DistributedDataParallel is to be what imports it first"
+search = find_executable_batch_size(train, starting_batch_size=8, reduce_batch_size_fn=lambda size: size // 2)
+print(search("inside")[0])
+threads = [(path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()]
+print([name for name in threads if "gloo" in name])
+"""
+
+
+def test_a_process_that_imports_little_before_begins_again_and_leaves_its_group(fresh: FreshProcesses) -> None:
+    """Where anything still holds the group, its connections stay open, and the other rank waits until a timeout."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    for rank in fresh(SEARCH_AND_LEAVE, nproc=2, env={"PYTHONPATH": paths}):
+        assert (rank.returncode, rank.stdout) == (0, "4\n[]\n"), rank.stderr
 
 
 def outside() -> None:
