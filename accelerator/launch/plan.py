@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import json
 import os
 import sys
@@ -155,6 +156,8 @@ def check_target(request: Request, directory: Path) -> None:
     within: Sequence[str] | None = [str(directory), *sys.path]
     for part in request.target.split("."):
         found = importlib.machinery.PathFinder.find_spec(part, within) if within is not None else None
+        if found is None and part == request.target.partition(".")[0]:
+            found = importlib.util.find_spec(part)  # by the finders of packages that were installed to be edited, too
         if found is None:
             raise LaunchError(
                 f"module is {request.target!r}, and {part!r} is not found; expected the name of a module that is "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,24 @@ def test_flags_reach_the_processes_with_absolute_paths(folder: Path) -> None:
 def test_the_command_ends_with_the_script_and_its_arguments(folder: Path) -> None:
     assert plan(folder, "t.py", "--x", "1").command[1:] == ("script", "t.py", "--x", "1")
     assert plan(folder, "-m", "pkg.train", "y").command[1:] == ("module", "pkg.train", "y")
+
+
+def test_a_module_that_only_a_finder_knows_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As setuptools installs what is to be edited: a finder maps the package's name to its folder."""
+
+    class Editable:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+            package = folder / "elsewhere" / "__init__.py"
+            return importlib.util.spec_from_file_location(name, package) if name == "mapped" else None
+
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "__init__.py").write_text("raise AssertionError('imported')")
+    (folder / "elsewhere" / "train.py").touch()
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Editable])
+    assert plan(folder, "-m", "mapped.train").command[1:] == ("module", "mapped.train")
+    with pytest.raises(LaunchError, match="'gone' is not found"):
+        plan(folder, "-m", "mapped.gone")
 
 
 @pytest.mark.parametrize(
