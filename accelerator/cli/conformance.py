@@ -12,7 +12,9 @@ def main(argv: Sequence[str]) -> int:
         prog="accelerator conformance", description="Check a strategy against every rule of the contract."
     )
     parser.add_argument("strategy", help="a strategy's name, or package.module:Class")
-    parser.add_argument("--nproc", type=_processes, default=2, help="processes to run the rules on (default: 2)")
+    parser.add_argument(
+        "--nproc", type=_processes, help="processes to run the rules on (default: 2, or 1 if it trains in one)"
+    )
     parser.add_argument("--rule", action="append", dest="rules", help="only this rule; may be given again")
     try:
         asked = parser.parse_args(argv)

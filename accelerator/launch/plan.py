@@ -56,7 +56,14 @@ def make_plan(
             f"nnodes is {settings.nnodes!r} ({resolved.origins['launch.nnodes']}); expected MIN:MAX with MIN <= MAX."
         )
     check_target(request, directory)
-    nproc = settings.nproc_per_node or _one_per_device(resolved.settings.strategy, count_devices())
+    strategy = resolved.settings.strategy
+    if max_nodes > 1 and _trains_alone(strategy):
+        raise LaunchError(
+            f"nnodes is {settings.nnodes!r} ({resolved.origins['launch.nnodes']}) and strategy is {strategy!r} "
+            f"({resolved.origins['strategy']}), which trains in one process on one machine: several machines are not "
+            "built for it. Leave nnodes at 1, or use another strategy."
+        )
+    nproc = settings.nproc_per_node or _one_per_device(strategy, count_devices())
     conf: dict[str, str | int] = {
         key: value for key, _, value in (pair.partition("=") for pair in settings.rdzv_conf.split(",") if pair)
     }
@@ -81,9 +88,12 @@ def make_plan(
 
 
 def _one_per_device(strategy: str, devices: int) -> int:
-    """One, too, for a strategy that trains in one process. A class of the script's own is not imported to ask it."""
-    alone = devices > 1 and strategy != "auto" and ":" not in strategy and resolve(strategy).single_process
-    return 1 if alone else max(1, devices)
+    return 1 if devices > 1 and _trains_alone(strategy) else max(1, devices)
+
+
+def _trains_alone(strategy: str) -> bool:
+    """Whether it trains in one process. A class of the script's own is not imported to ask it."""
+    return strategy != "auto" and ":" not in strategy and resolve(strategy).single_process
 
 
 def _meeting_point(resolved: Resolved, max_nodes: int, conf: dict[str, str | int]) -> tuple[str, str]:

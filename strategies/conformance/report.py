@@ -15,8 +15,10 @@ from .processes import Processes
 from .rule import RuleNotRun
 
 
-def run(path: str, nproc: int, rules: list[str] | None = None, *, timeout_seconds: float = 60.0) -> int:
+def run(path: str, nproc: int | None, rules: list[str] | None = None, *, timeout_seconds: float = 60.0) -> int:
     """Check the strategy at `path` in `nproc` new processes, rule by rule, and print a line for each.
+
+    `nproc` `None` is two processes, or one for a strategy that trains in one.
 
     `path` is `"package.module:Class"`, found from the working directory too, or a registered name; the strategy
     is built with its defaults. `rules` are names of `RULES`, all by default. A rule that takes longer than
@@ -28,6 +30,8 @@ def run(path: str, nproc: int, rules: list[str] | None = None, *, timeout_second
     names = list(RULES) if rules is None else [find_rule(name).name for name in rules]
     with _working_directory_importable():
         strategy = registry.resolve(path)
+        if nproc is None:
+            nproc = 1 if strategy.single_process else 2
         print(f"{path} on {nproc} process{'es' if nproc > 1 else ''}: {len(names)} rules")
         try:
             strategy()

@@ -244,6 +244,14 @@ def test_run_reports_a_strategy_that_cannot_be_made(capsys: pytest.CaptureFixtur
     assert re.search("construction +FAILED\n.*mark_step", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(("strategy", "number"), [("cpu", "1 process"), ("ddp", "2 processes")])
+def test_two_processes_unless_the_strategy_trains_in_one(
+    strategy: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(strategy, None, ["world_is_consistent"]) == 0
+    assert capsys.readouterr().out.startswith(f"{strategy} on {number}: 1 rules")
+
+
 def test_nothing_checked_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("cpu", 1, ACROSS) == 1
     assert f"0 ok, 0 FAILED, {len(ACROSS)} not run" in capsys.readouterr().out
@@ -251,7 +259,7 @@ def test_nothing_checked_is_no_success(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_unknown_names_are_no_fault_of_a_strategy() -> None:
     with pytest.raises(ConfigurationError, match="Did you mean 'ddp'"):
-        run("dpd", 1)
+        run("dpd", None)
     with pytest.raises(ConfigurationError, match="Did you mean 'clip_norm'"):
         run("cpu", 1, ["clip_norms"])
 

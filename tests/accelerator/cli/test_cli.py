@@ -44,7 +44,7 @@ def test_conformance_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "strategies.conformance", kit)
     assert main(["conformance", "mypkg:Mine"]) == 3
     assert main(["conformance", "mypkg:Mine", "--nproc", "4", "--rule", "a", "--rule", "b"]) == 3
-    assert calls == [("mypkg:Mine", 2, None), ("mypkg:Mine", 4, ["a", "b"])]
+    assert calls == [("mypkg:Mine", None, None), ("mypkg:Mine", 4, ["a", "b"])]
 
 
 @pytest.mark.parametrize(

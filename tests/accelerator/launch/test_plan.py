@@ -113,6 +113,10 @@ def test_a_module_that_only_a_finder_knows_is_found(folder: Path, monkeypatch: p
             ["--nnodes", "2", "--rdzv-backend", "static", "--rdzv-endpoint", "host:1", "t.py"],
             "node_rank is not set, and rdzv_backend is 'static' (--rdzv-backend); expected --node-rank 0 on one node, ",
         ),
+        (
+            ["--nnodes", "2", "--rdzv-endpoint", "host:1", "--strategy", "xla", "t.py"],
+            "nnodes is '2' (--nnodes) and strategy is 'xla' (--strategy), which trains in one process on one machine: ",
+        ),
         (["gone.py"], "script is 'gone.py', and "),
         (["pkg"], "script is 'pkg', a folder without a __main__.py; expected the path"),
         (["-m", "pkg.gone"], "module is 'pkg.gone', and 'gone' is not found; expected the name of a module that is "),
