@@ -30,6 +30,7 @@ _DDP = os.path.join("torch", "nn", "parallel", "distributed.py")  # its collecti
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 _BROUGHT = ("tensor", "input_tensor", "input", "input_list", "tensor_list", "input_tensor_list", "scatter_list")
 _NO_COLLECTIVES = frozenset({"init_process_group", "destroy_process_group", "wrapper", "func_return"})
+_HEADERS = frozenset({"all_gather_integers", "all_gather_objects"})
 _SAID_AS = {"__enter__": "accumulate", "iterate": "next batch", "__call__": "forward"}
 
 
@@ -99,13 +100,20 @@ def locate(frames: list[FrameType], *, detailed: bool = False) -> Position:
 
 
 def _collective(inside: list[FrameType], *, detailed: bool) -> tuple[str, str]:
-    """Its name, as the script and as torch call it, and what this rank brought; `inside` are innermost first."""
+    """Its name, as the script and as torch call it, and what this rank brought; `inside` are innermost first.
+
+    What was brought to a method of ours is its `tree`: what torch got may be a header that goes before.
+    """
     names, brought, is_backward = [], "", False
     operation = "DistributedDataParallel" if inside and inside[0].f_code.co_filename.endswith(_DDP) else ""
     for frame in inside:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
         if _is_within(path, _OURS):
             names.append(_SAID_AS.get(name, name))
+            if name in _HEADERS:
+                brought = ""
+            if detailed and "tree" in (variables := frame.f_locals):
+                brought = describe(variables["tree"])
         elif path.endswith(_COLLECTIVES) and not name.startswith("_") and name not in _NO_COLLECTIVES:
             operation = name
             brought = _brought(frame) if detailed and not brought else brought

@@ -43,7 +43,7 @@ def start() -> Accelerator:
 def conditional_collective() -> None:
     accelerator = start()
     if accelerator.is_main_process:
-        accelerator.gather(torch.ones(3))  # only rank 0
+        accelerator.gather(torch.ones(7, 3))  # only rank 0
     time.sleep(FOR_EVER)  # the other rank goes on
 
 
@@ -98,18 +98,21 @@ def beside_python() -> None:
     time.sleep(FOR_EVER)  # in no collective
 
 
-# The function, what the verdict says of the rank that waits and of the one it waits for, each with a line
-HANGS: dict[str, tuple[Callable[[], None], list[tuple[str, str]]]] = {
+# The function; what the verdict says of the rank that waits and of the one it waits for, each with a line; the table's
+# row of the one that waits
+HANGS: dict[str, tuple[Callable[[], None], list[tuple[str, str]], str]] = {
     "conditional collective": (
         conditional_collective,
         [
             ("Rank 0 waits in gather (all_gather) at ", "only rank 0"),
             ("Rank 1 is in no collective, at ", "the other rank goes on"),
         ],
+        "gather (all_gather) of (7, 3) float32",
     ),
     "uneven loop": (
         uneven_loop,
         [("Rank 0 waits in backward at ", "one iteration more"), ("Rank 1 is in no collective, at ", "after the loop")],
+        "backward",
     ),
     "deadlock in the dataset": (
         deadlocked_dataset,
@@ -117,6 +120,7 @@ HANGS: dict[str, tuple[Callable[[], None], list[tuple[str, str]]]] = {
             ("Rank 0 waits in forward (DistributedDataParallel) at ", "without the other's batch"),
             ("Rank 1 is in no collective, at ", "for the second time"),
         ],
+        "forward (DistributedDataParallel)",
     ),
     "stopped process": (
         stopped_process,
@@ -124,6 +128,7 @@ HANGS: dict[str, tuple[Callable[[], None], list[tuple[str, str]]]] = {
             ("Rank 0 waits in wait_for_everyone (all_gather) at ", "for the stopped one"),
             ("Rank 1 is stopped (SIGSTOP, a debugger, or ctrl-z), last seen at ", "until it is stopped"),
         ],
+        "wait_for_everyone (all_gather)",
     ),
 }
 
@@ -144,11 +149,12 @@ def test_a_collective_beside_python_is_named_from_the_flight_recorder(ranks: Ran
 
 @pytest.mark.parametrize("name", HANGS)
 def test_rank_and_line_of_a_hang_are_named_and_all_end(name: str, ranks: RankPool) -> None:
-    hang, expected = HANGS[name]
+    hang, expected, row = HANGS[name]
     ended = [str(error) for error in ranks(hang, return_exceptions=True, timeout=FOR_EVER)]
     assert all("exit code 1" in text for text in ended), ended
     assert "HangError: no progress for 2 s" in ended[0]
     assert "HangError" not in ended[1].partition("printed:")[2]  # one table
+    assert re.search(rf"^0 +{re.escape(row)}  +2 s", ended[0], re.MULTILINE), (row, ended[0])
     for words, mark in expected:
         place = ended[0].partition(words)[2].partition(";")[0]
         assert line(mark) in place.splitlines()[0], (words, mark, ended[0])
