@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ def pending() -> str:
     """
     recorders = [getattr(torch._C._distributed_c10d, name, None) for name in ("_dump_nccl_trace", "_dump_fr_trace")]
     for dump in recorders:
-        entries = pickle.loads(dump())["entries"] if dump is not None else []  # bytes of this very process
-        for entry in entries:
-            if not entry["retired"] and entry["state"] != "completed":
-                return _words(entry)
+        if dump is not None and _first_pending(dump, with_lines=False) is not None:
+            entry = _first_pending(dump, with_lines=True)  # names of files take torch seconds, the first time
+            return _words(entry) if entry is not None else ""
     return ""
+
+
+def _first_pending(dump: Callable[..., bytes], *, with_lines: bool) -> dict[str, Any] | None:
+    entries = pickle.loads(dump(includeStackTraces=with_lines))["entries"]  # bytes of this very process
+    return next((entry for entry in entries if not entry["retired"] and entry["state"] != "completed"), None)
 
 
 def _words(entry: dict[str, Any]) -> str:

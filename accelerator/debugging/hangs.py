@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from strategies.sources import Cursor
     from strategies.window import Window
 
-_ANSWER_SECONDS = 3.0
+_ANSWER_SECONDS = 6.0  # torch takes some to tell what its flight recorder holds, and a full machine as long
 _STORE_SECONDS = 3.0
 State = Literal["waits", "left", "stopped", "gone", "silent"]
 
