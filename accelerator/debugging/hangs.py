@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import socket
@@ -183,6 +184,9 @@ class HangWatch(Observer):
         flushing = threading.Thread(target=_flush, daemon=True)  # the watched thread may hold a stream's lock
         flushing.start()
         flushing.join(1.0)
+        for child in multiprocessing.active_children():
+            if child.daemon:  # a DataLoader's worker, which would live on; an interpreter that exits ends them, too
+                child.kill()
         os._exit(1)
 
     def _collect(self, mine: Report) -> dict[int, Report]:

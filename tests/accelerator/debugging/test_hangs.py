@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from accelerator import Accelerator
 from accelerator.debugging.hangs import Report, table, verdict
+from fresh_process import FreshProcesses
 from rank_pool import RankPool
 from strategies import DDP, ConfigurationError, PeerLostError, ShapeMismatchError
 
@@ -82,6 +84,28 @@ def deadlocked_dataset() -> None:
             optimizer.step()
 
 
+def deadlocked_worker() -> None:
+    accelerator = start()
+    model = nn.Linear(2, 1)
+    model, optimizer, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(Deadlocked(), batch_size=2, num_workers=1)
+    )
+    children: set[Any] = set()
+    threading.Thread(target=watch_children, args=[children], daemon=True).start()
+    for batch in loader:  # whose worker is deadlocked
+        with accelerator.accumulate(model):
+            accelerator.backward(model(batch).mean())
+            optimizer.step()
+
+
+def watch_children(seen: set[Any]) -> None:
+    while True:
+        if new := set(multiprocessing.active_children()) - seen:
+            seen |= new
+            print("".join(f"worker {child.pid}\n" for child in new), end="", flush=True)
+        time.sleep(0.05)
+
+
 def stopped_process() -> None:
     accelerator = start()
     if accelerator.process_index == 1:
@@ -131,6 +155,32 @@ HANGS: dict[str, tuple[Callable[[], None], list[tuple[str, str]], str]] = {
         "wait_for_everyone (all_gather)",
     ),
 }
+
+
+def test_a_deadlock_in_a_worker_is_told_and_the_worker_ended(fresh: FreshProcesses) -> None:
+    """Left alive, it would keep what reads the job's output waiting, too."""
+    script = "import test_hangs\nif __name__ == '__main__':\n    test_hangs.deadlocked_worker()\n"
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    (ended,) = fresh(script, env={"PYTHONPATH": paths})
+    assert ended.returncode == 1, ended.stderr
+    place = ended.stderr.partition("Rank 0 is in no collective, at ")[2]
+    assert line("whose worker is deadlocked") in place
+    assert "in deadlocked_worker, waiting for a batch of a DataLoader's worker." in place
+    workers = [int(pid) for pid in re.findall(r"^worker (\d+)$", ended.stdout, re.MULTILINE)]
+    assert workers
+    assert not [pid for pid in workers if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return False
+        if state in "ZX":
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_a_collective_beside_python_is_named_from_the_flight_recorder(ranks: RankPool) -> None:
