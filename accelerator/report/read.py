@@ -161,7 +161,10 @@ def _fill_in(run: RunData) -> None:
 
 def _number(value: Any) -> float | None:
     if isinstance(value, bool | int | float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an integer of hundreds of digits, in the file of an older version
+            return None
     if value in ("nan", "inf", "-inf"):
         return float(value)
     return None

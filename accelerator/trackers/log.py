@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,8 @@ class Log:
     def log(self, values: Mapping[str, Any], step: int | None, taken: int) -> None:
         """Keep `values` for `step`, by default the `taken` steps of the optimizer. Raises `StepError` for a bad one."""
         step = taken if step is None else _whole(step)
+        if not isinstance(values, Mapping):
+            raise StepError(f"log() got {type(values).__name__}; expected a mapping of names to values")
         frozen = {str(name): _frozen(name, value) for name, value in values.items()}
         self._check_open()
         if not self._trackers:
@@ -154,13 +157,23 @@ def _frozen(name: Any, value: Any) -> Any:
         if not value.is_complex():
             return value.detach().item() if value.device.type == "cpu" else value.detach()
     if isinstance(value, Image):
-        return Image(_copied(value.pixels), value.caption)
+        pixels = _copied(value.pixels)
+        if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3))):
+            raise StepError(
+                f"log() got the Image {name!r} of shape {pixels.shape}; expected (height, width) or (height, width, "
+                "3). Of torch's (3, height, width), permute(1, 2, 0) makes that."
+            )
+        return Image(pixels, value.caption)
     if isinstance(value, Histogram):
+        if value.num_bins < 1:
+            raise StepError(f"log() got the Histogram {name!r} with num_bins={value.num_bins!r}; expected at least 1")
         return Histogram(_copied(value.values), value.num_bins)
     if isinstance(value, Table):
         return Table([str(name) for name in value.columns], [[_plain(cell) for cell in row] for row in value.rows])
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise StepError(f"log() got {name!r}, an integer of {value.bit_length()} bits; expected one that a float holds")
     if isinstance(value, bool | int | float | str):
         return value
     raise StepError(

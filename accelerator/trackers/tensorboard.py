@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-
 from .tracker import Histogram, Image, Run, Table, Tracker, Value
 
 
@@ -40,7 +38,8 @@ class TensorBoard(Tracker):
             if isinstance(value, Image):
                 writer.add_image(name, value.array(), step, walltime=time, dataformats="HWC")
             elif isinstance(value, Histogram):
-                writer.add_histogram(name, np.asarray(value.values), step, walltime=time)
+                if (finite := value.finite()).size:  # it refuses a histogram of nothing, and one with a NaN
+                    writer.add_histogram(name, finite, step, walltime=time)
             elif isinstance(value, Table):
                 lines = [value.columns, ["---"] * len(value.columns), *value.rows]
                 text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

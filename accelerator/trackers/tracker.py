@@ -24,7 +24,8 @@ class Image:
         found = np.asarray(self.pixels)
         if found.dtype != np.uint8:
             found = np.rint(np.clip(found.astype(np.float32), 0, 1) * 255).astype(np.uint8)
-        return np.repeat(found[:, :, None], 3, axis=2) if found.ndim == 2 else found
+        found = found[:, :, None] if found.ndim == 2 else found
+        return np.repeat(found, 3 // found.shape[2], axis=2)
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,13 @@ class Histogram:
 
     def counts(self) -> tuple[list[int], list[float]]:
         """Counts per bin and the `num_bins + 1` edges, of the finite values."""
-        flat = np.asarray(self.values, dtype=np.float64).reshape(-1)
-        counts, edges = np.histogram(flat[np.isfinite(flat)], bins=self.num_bins)
+        counts, edges = np.histogram(self.finite(), bins=self.num_bins)
         return counts.tolist(), edges.tolist()
+
+    def finite(self) -> NDArray[np.float64]:
+        """The values that are finite, in one dimension."""
+        flat = np.asarray(self.values, dtype=np.float64).reshape(-1)
+        return flat[np.isfinite(flat)]
 
 
 @dataclass(frozen=True)

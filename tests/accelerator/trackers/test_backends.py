@@ -56,6 +56,22 @@ def test_tensorboard_keeps_every_kind(tmp_path: Path) -> None:
     assert b"| 2 | b |" in found.Tensors("rows/text_summary")[0].tensor_proto.string_val[0]
 
 
+def test_tensorboard_takes_the_finite_values_and_one_channel(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accelerator = Accelerator("cpu", project_dir=tmp_path, trackers=("tensorboard",))
+    nan = float("nan")
+    accelerator.log({"some": Histogram([1.0, nan, 2.0]), "none": Histogram([nan]), "empty": Histogram([])})
+    accelerator.log({"gray": Image(PIXELS[:, :, None])})
+    accelerator.end_training()
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert found.Tags()["histograms"] == ["some"]
+    assert found.Histograms("some")[0].histogram_value.num == 2
+    assert (found.Images("gray")[0].width, found.Images("gray")[0].height) == (4, 3)
+    assert not caplog.messages
+
+
 def test_wandb(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="wandb is not in the extra `dev`: 60 MB, and a process of its own per run")
     run(tmp_path, WandB(project="tests"))
