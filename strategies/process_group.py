@@ -141,6 +141,7 @@ def join(device: str, backend: str | None, timeout: timedelta) -> World:
             default = _default_backend(picked)
             backend = default if picked.type == "cpu" else f"cpu:gloo,{picked.type}:{default}"
         _check_backend(backend)
+        hook = sys.excepthook
         dist.init_process_group(
             backend,
             store=_store(placement, timeout),
@@ -149,6 +150,8 @@ def join(device: str, backend: str | None, timeout: timedelta) -> World:
             timeout=timeout,
             device_id=picked if picked.type == "cuda" else None,
         )
+        if hook.__name__ == "_distributed_excepthook":  # torch's, of a group before: another would say [rank1]: again
+            sys.excepthook = hook
         _default_store().set(_key("ours"), "1")
     _default_store().add(_key("members"), 1)
     if dist.get_world_size() != placement.size and placement.launcher != "none":

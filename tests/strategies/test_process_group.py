@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 from typing import Any
 
@@ -99,6 +100,23 @@ def test_ranks_know_their_places(ranks: RankPool) -> None:
     assert [(world.rank, world.local_rank, world.size, world.local_size) for world in worlds] == [
         (rank, rank, 3, 3) for rank in range(3)
     ]
+
+
+def hooks_of_two_groups() -> list[str]:
+    sys.excepthook = sys.__excepthook__
+    found = []
+    for _ in range(2):
+        strategy = DDP(device="cpu")
+        world = strategy.setup()
+        found.append(sys.excepthook)
+        strategy.teardown(world)
+    sys.excepthook = sys.__excepthook__
+    assert found[0] is found[1]
+    return [hook.__name__ for hook in found]
+
+
+def test_a_second_group_does_not_prefix_tracebacks_once_more(ranks: RankPool) -> None:
+    assert ranks(hooks_of_two_groups) == [["_distributed_excepthook"] * 2] * 2
 
 
 def test_slurm_places_ranks(ranks: RankPool) -> None:
