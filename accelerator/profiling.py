@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,15 +83,14 @@ def _profiled(
     if world.device.type not in ("cpu", "xla"):
         activities = [*activities, *_of_device(world.device.type)]
     plan = schedule(**asdict(rounds))
-    dump = _memory_history(world.device, folder / f"rank{world.rank}-out-of-memory.pickle")
-    with profile(activities=activities, schedule=plan, on_trace_ready=keep, **options) as profiler:
+    with (
+        profile(activities=activities, schedule=plan, on_trace_ready=keep, **options) as profiler,
+        _memory_history(world.device, folder / f"rank{world.rank}-out-of-memory.pickle"),
+    ):
         steps = _Steps(profiler)
         accumulation.observers.append(steps)
         try:
             yield profiler
-        except torch.OutOfMemoryError:
-            dump()
-            raise
         finally:
             if steps in accumulation.observers:
                 accumulation.observers.remove(steps)
@@ -104,14 +103,18 @@ def _of_device(kind: str) -> list[ProfilerActivity]:
     return [found] if found is not None else []
 
 
-def _memory_history(device: torch.device, path: Path) -> Callable[[], None]:
-    """Record allocations from now on, where torch can; returns what writes them after an out-of-memory."""
+@contextmanager
+def _memory_history(device: torch.device, path: Path) -> Iterator[None]:
+    """Record allocations inside the block, where torch can, and write them to `path` if memory runs out there."""
     if device.type != "cuda":
-        return lambda: None
+        yield
+        return
     torch.cuda.memory._record_memory_history(max_entries=100_000)
-
-    def dump() -> None:
+    try:
+        yield
+    except torch.OutOfMemoryError:
         torch.cuda.memory._dump_snapshot(str(path))
         _log.warning("out of memory: what was allocated, and from where, is in %s (pytorch.org/memory_viz)", path)
-
-    return dump
+        raise
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
