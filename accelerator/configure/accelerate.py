@@ -23,6 +23,7 @@ SECTIONS: Mapping[str, tuple[str, Mapping[str, Rule]]] = {
 
 UNBUILT: Mapping[str, str] = {
     "fp8_config": "fp8 is not built",
+    "ipex_config": "Intel's extension of PyTorch is no longer made; what it did for CPUs is in torch",
     "megatron_lm_config": "Megatron-LM does not run here",
     "mpirun_config": "processes are started by torch's elastic agent, or by SLURM, without mpirun",
 }

@@ -20,13 +20,15 @@ DEVICES: Mapping[str, str] = {
     "MULTI_HPU": "hpu",
     "MULTI_NEURON": "neuron",
 }
-KINDS = ("NO", *DEVICES, "FSDP", "XLA", "TPU", "DEEPSPEED", "MEGATRON_LM")
+KINDS = ("NO", *DEVICES, "FSDP", "XLA", "TPU", "DEEPSPEED", "MEGATRON_LM", "MPS")
 
 
 def strategy_for(kind: str, use_cpu: bool) -> str | None:
     """The name of our strategy for a `distributed_type`; `None` where there is none."""
     single = "cpu" if use_cpu else "single"
-    return {"NO": single, "FSDP": "fsdp", "XLA": "xla", "TPU": "xla"}.get(kind, "ddp" if kind in DEVICES else None)
+    return {"NO": single, "MPS": single, "FSDP": "fsdp", "XLA": "xla", "TPU": "xla"}.get(
+        kind, "ddp" if kind in DEVICES else None
+    )
 
 
 def _distributed_type(value: Any, document: Document) -> Outcome:
@@ -134,6 +136,7 @@ MACHINE: Mapping[str, Rule] = {
     "mixed_precision": _mixed_precision,
     "fp16": _fp16,
     "use_cpu": _use_cpu,
+    "use_mps_device": always(needless("the accelerator that the machine has is taken")),
     "debug": always(needless("collectives always compare what the ranks bring")),
     "num_processes": _num_processes,
     "num_machines": _num_machines,
@@ -150,6 +153,7 @@ MACHINE: Mapping[str, Rule] = {
     "tpu_zone": _POD,
     "tpu_use_cluster": _POD,
     "tpu_use_sudo": _POD,
+    "command": _POD,
     "command_file": _POD,
     "commands": _POD,
     "tpu_vm": _POD,
