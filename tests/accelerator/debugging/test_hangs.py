@@ -39,7 +39,14 @@ def line(mark: str) -> str:
 def start() -> Accelerator:
     accelerator = Accelerator(DDP(device="cpu"), hang_timeout=TIMEOUT, first_step_timeout=TIMEOUT)
     accelerator.wait_for_everyone()
+    print("begun at", time.time(), flush=True)
     return accelerator
+
+
+def ended_in_time(printed: str) -> None:
+    """Within ten seconds of the timeout, counted from when the last rank had begun."""
+    begun = float(printed.rpartition("begun at ")[2].split()[0])
+    assert time.time() - begun < TIMEOUT + 10
 
 
 def conditional_collective() -> None:
@@ -110,7 +117,7 @@ def stopped_process() -> None:
     accelerator = start()
     if accelerator.process_index == 1:
         # Woken when the others have ended, it finds that they did.
-        orders = f"sleep 1; kill -STOP {os.getpid()}; sleep {2 * TIMEOUT + 2}; kill -CONT {os.getpid()}"
+        orders = f"sleep 0.5; kill -STOP {os.getpid()}; sleep {2 * TIMEOUT + 2}; kill -CONT {os.getpid()}"
         subprocess.run(["sh", "-c", orders], check=True)  # until it is stopped
     accelerator.wait_for_everyone()  # for the stopped one
 
@@ -201,6 +208,7 @@ def test_a_collective_beside_python_is_named_from_the_flight_recorder(ranks: Ran
 def test_rank_and_line_of_a_hang_are_named_and_all_end(name: str, ranks: RankPool) -> None:
     hang, expected, row = HANGS[name]
     ended = [str(error) for error in ranks(hang, return_exceptions=True, timeout=FOR_EVER)]
+    ended_in_time(ended[1])
     assert all("exit code 1" in text for text in ended), ended
     assert "HangError: no progress for 2 s" in ended[0]
     assert "HangError" not in ended[1].partition("printed:")[2]  # one table
@@ -218,7 +226,11 @@ def dead_rank() -> None:
     accelerator = start()
     if accelerator.process_index == 1:
         os._exit(0)
-    accelerator.wait_for_everyone()  # for the dead one
+    begun = time.monotonic()
+    try:
+        accelerator.wait_for_everyone()  # for the dead one
+    finally:
+        assert time.monotonic() - begun < TIMEOUT + 10
 
 
 def mismatched_shapes() -> None:
