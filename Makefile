@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_XLA := .venv-xla
+VENV_TRACKERS := .venv-trackers
 XLA_PINS := torch==2.9.0 torch_xla==2.9.0
 
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
@@ -11,6 +12,7 @@ DEV := $(VENV)/.dev-$(KEY)
 BENCH := $(VENV)/.bench-$(KEY)
 DOCS := $(VENV)/.docs-$(KEY)
 XLA := $(VENV_XLA)/.xla-$(KEY)
+TRACKERS := $(VENV_TRACKERS)/.trackers-$(KEY)
 
 # These need a device, an environment of their own, a quiet machine, or programs and rights that pip cannot give.
 ELSEWHERE := --ignore=tests/xla --ignore=tests/gpu --ignore=tests/benchmarks --ignore=tests/cluster
@@ -18,7 +20,7 @@ ELSEWHERE := --ignore=tests/xla --ignore=tests/gpu --ignore=tests/benchmarks --i
 PYTEST := -m pytest -n 2 --dist worksteal $(ELSEWHERE)
 
 .NOTPARALLEL:
-.PHONY: demo test test-xla test-cluster check bench docs clean
+.PHONY: demo test test-xla test-trackers test-cluster check bench docs clean
 
 demo: $(DEV)
 	$(VENV)/bin/python examples/demo.py
@@ -44,6 +46,10 @@ ifneq ($(wildcard tests/xla/test_*.py),)
 	PJRT_DEVICE=CPU CPU_NUM_DEVICES=4 TF_CPP_MIN_LOG_LEVEL=2 XLA_FLAGS=--xla_backend_optimization_level=0 \
 		$(VENV_XLA)/bin/python -m pytest tests/xla
 endif
+
+# Each tracker against its own package. Half a gigabyte that nothing else needs, so it is run by hand.
+test-trackers: $(TRACKERS)
+	$(VENV_TRACKERS)/bin/python -m pytest tests/accelerator/trackers
 
 # Needs root; and SLURM (Debian's slurmctld, slurmd and munge), or `ip netns`. What is absent is skipped, and says so.
 test-cluster: $(DEV)
@@ -79,4 +85,12 @@ $(XLA):
 	$(VENV_XLA)/bin/pip install --quiet -c $(VENV_XLA)/constraints.txt -e '.[dev,xla]'
 	$(VENV_XLA)/bin/pip uninstall --quiet --yes torchao  # 0.18 needs a newer torch, and transformers imports what it finds
 	rm -f $(VENV_XLA)/.xla-*
+	touch $@
+
+$(TRACKERS):
+	test -x $(VENV_TRACKERS)/bin/python || $(PYTHON) -m venv $(VENV_TRACKERS)
+	$(VENV_TRACKERS)/bin/pip install --quiet -c constraints.txt \
+		-e '.[tensorboard,wandb,mlflow]' pytest pytest-timeout pytest-xdist hypothesis
+	$(VENV_TRACKERS)/bin/pip install --quiet trackio  # by itself: it needs an older pillow than the others are pinned to
+	rm -f $(VENV_TRACKERS)/.trackers-*
 	touch $@

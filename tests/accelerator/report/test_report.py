@@ -120,7 +120,9 @@ def test_a_run_with_a_log_alone_or_timers_alone_has_a_page(tmp_path: Path) -> No
 def test_a_number_that_no_float_holds_is_left_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "log.jsonl").unlink()
-    write(folder / "log.jsonl", [{"step": s, "time": float(s), "values": {"x": 10**400 * s, "loss": 1}} for s in (0, 1)])
+    write(
+        folder / "log.jsonl", [{"step": s, "time": float(s), "values": {"x": 10**400 * s, "loss": 1}} for s in (0, 1)]
+    )
     assert "<figcaption>x</figcaption>" in page([read_run(folder)])
 
 
