@@ -322,7 +322,7 @@ class Accelerator(Ranks):
         from .checkpoint import Keep
 
         keep = Keep(last=keep_last, every=keep_every, best=keep_best, healthy_after=healthy_after)
-        target = Path(path) if path is not None else None
+        target = None if path is None else os.fspath(path)
         return self._record.saving(
             lambda: self._checkpoints.save(target, metrics=metrics, keep=keep, in_background=async_)
         )

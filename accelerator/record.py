@@ -13,6 +13,7 @@ from strategies.accumulation import Accumulation
 from strategies.errors import ConfigurationError
 
 from .batch_arithmetic import BatchArithmetic
+from .checkpoint.remote import is_url
 from .config import NotGiven, Resolved, Settings
 from .config.settings import TABLES
 from .explain import Explanation, explain
@@ -136,6 +137,11 @@ def _no_place(names: Sequence[str], origin: str) -> ConfigurationError:
 
 def _check_writable(folder: Path, origin: str) -> None:
     """Raise `ConfigurationError` unless the folder is there, or can be made, and takes files."""
+    if is_url(str(folder)):
+        raise ConfigurationError(
+            f"project_dir is {str(folder)!r} ({origin}); expected a folder on a disk, since checkpoints are put in their "
+            "place by a rename, which no URL offers. Copy them to a store with its own tool."
+        )
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         what = "is no folder" if not existing.is_dir() else "may not be written to"

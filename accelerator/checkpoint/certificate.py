@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from strategies.prepared.optimizer import OptimizerLink
     from strategies.window import Window
 
-FILE = "certificate.json"
 OnDrift = Literal["warn", "error"]
 _log = logging.getLogger("accelerator")
 
@@ -75,15 +74,15 @@ class Awaited:
 def write(target: Path, step: Step) -> None:
     """Put a certificate into a checkpoint, as a whole or not at all."""
     body = {"of": folders.digest_of(folders.read_manifest(target)), **asdict(step)}
-    new = target / f".{FILE}.new"
+    new = target / f".{folders.CERTIFICATE}.new"
     new.write_text(json.dumps({**body, "digest": folders.digest_of(body)}))
-    os.replace(new, target / FILE)
+    os.replace(new, target / folders.CERTIFICATE)
 
 
 def read(path: Path, manifest: Mapping[str, Any]) -> Step | None:
     """The certificate of a checkpoint; `None` if it has none. Raises `StateError` if it is not as it was written."""
     try:
-        found = json.loads((path / FILE).read_text())
+        found = json.loads((path / folders.CERTIFICATE).read_text())
         body = {key: value for key, value in found.items() if key not in ("digest", "of")}
         whole = found["digest"] == folders.digest_of({"of": found["of"], **body})
         if whole and found["of"] != folders.digest_of(manifest):
@@ -93,8 +92,8 @@ def read(path: Path, manifest: Mapping[str, Any]) -> Step | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StateError(f"{str(path / FILE)!r} cannot be read: {error!r}") from error
-    raise StateError(f"{str(path / FILE)!r} is not as it was written")
+        raise StateError(f"{str(path / folders.CERTIFICATE)!r} cannot be read: {error!r}") from error
+    raise StateError(f"{str(path / folders.CERTIFICATE)!r} is not as it was written")
 
 
 @dataclass

@@ -65,9 +65,15 @@ class Checkpoints:
         """Steps that the optimizers have taken; the most of any of them."""
         return self._accumulation.steps_taken
 
-    def save(self, path: Path | None, *, metrics: Mapping[str, float] | None, keep: Keep, in_background: bool) -> Path:
+    def save(self, place: str | None, *, metrics: Mapping[str, float] | None, keep: Keep, in_background: bool) -> Path:
         """Write a checkpoint, after the one that may still be written; see `Accelerator.save_state`."""
+        path = Path(place) if place is not None else None
         self._meet("save_state", path, f"async_={in_background}, {keep}")
+        if place is not None and remote.is_url(place):
+            raise StateError(
+                f"save_state got the URL {place!r}; expected a path on a disk, where a folder can be renamed as a whole. "
+                "Save there, and copy the folder with the store's own tool."
+            )
         self.wait()
         target = path if path is not None else self.folder / folders.name_of(self.step)
         beside = path is None or keep.deletes
@@ -166,7 +172,7 @@ class Checkpoints:
         return self._health
 
     def _finish(self, draft: Draft, awaited: Awaited, beside: bool, keep: Keep, verdict: Verdict, peers: Peers) -> None:
-        saving.write(draft, awaited.target, peers, beside=beside)
+        saving.write(draft, awaited.target, peers, beside=beside, project_dir=self._project_dir)
         if peers.world.is_main:
             awaited.committed()
         if keep.deletes:

@@ -18,13 +18,18 @@ from typing import IO, Any
 
 import xxhash
 
-from strategies.errors import StateError
+from strategies.errors import StateError, listed
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
 _NAME = re.compile(r"step-(\d{9})")
 _HIDDEN = ".writing-"
 _OLD = ".old-"
+_BESIDE = {MANIFEST, CERTIFICATE, f".{CERTIFICATE}.new"}
+_OF_A_CHECKPOINT = re.compile(
+    r"manifest\.json|state\.json|\.?certificate\.json(\.new)?|tensors/(\.metadata|[^/]+\.distcp)"
+)
+_ELSEWHERE = "Name a folder that is not there yet, or an older checkpoint."
 _BLOCK = 2**20  # fits the cache of a core: what was digested there is written from there
 
 
@@ -144,8 +149,8 @@ def flush(path: Path) -> None:
 
 def commit(hidden: Path, target: Path, files: Mapping[str, FileEntry], about: Mapping[str, Any]) -> None:
     """Write the manifest of the files in `hidden`, and put the folder in its place as `target`. One rank calls it."""
-    listed = {name: {"size": entry.size, "xxh3_128": entry.digest} for name, entry in sorted(files.items())}
-    body = {"format": FORMAT, **about, "files": listed}
+    entries = {name: {"size": entry.size, "xxh3_128": entry.digest} for name, entry in sorted(files.items())}
+    body = {"format": FORMAT, **about, "files": entries}
     write_file(hidden / MANIFEST, json.dumps({**body, "digest": digest_of(body)}, indent=1).encode())
     for folder in {(hidden / name).parent for name in files} | {hidden}:
         flush(folder)
@@ -158,6 +163,32 @@ def commit(hidden: Path, target: Path, files: Mapping[str, FileEntry], about: Ma
     else:
         hidden.rename(target)
     flush(target.parent)
+
+
+def refuse_loss(target: Path, project_dir: Path | None) -> None:
+    """Raise `StateError` if a checkpoint in the place of `target` would delete anything but an older checkpoint."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise StateError(
+            f"{str(target)!r} is a {'link' if target.is_symlink() else 'file'}; expected a folder, or nothing"
+        )
+    if not target.exists():
+        return
+    inside = [Path.cwd(), *([project_dir.resolve()] if project_dir is not None else [])]
+    for path in inside:
+        if path.is_relative_to(target.resolve()):
+            raise StateError(f"{str(target)!r} holds {str(path)!r}, which a checkpoint would replace. {_ELSEWHERE}")
+    found = [path for path in target.rglob("*") if path.is_symlink() or not path.is_dir()]
+    names = {path.relative_to(target).as_posix() for path in found}
+    try:
+        known = {*read_manifest(target)["files"], *_BESIDE}
+    except StateError:  # a broken one is known by its name and those of its files
+        known = {name for name in names if step_of(target) is not None and _OF_A_CHECKPOINT.fullmatch(name)}
+    foreign = names - known
+    if foreign:
+        raise StateError(
+            f"{str(target)!r} is no checkpoint, or holds more than one: {listed(sorted(foreign)[:5])}. Saving there would "
+            f"delete it. {_ELSEWHERE}"
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,13 +12,12 @@ from typing import Any
 from strategies.errors import StateError
 
 from . import folder as folders
-from .certificate import FILE as CERTIFICATE
 from .peers import Peers
 
 
 def is_url(place: str) -> bool:
-    """Whether `place` is a URL, and no path on this machine."""
-    return "://" in place
+    """Whether `place` is a URL, or what `Path` makes of one, `s3:/bucket`, and no path on this machine."""
+    return "://" in place or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", place) is not None
 
 
 @contextmanager
@@ -56,8 +56,8 @@ def _fetch(url: str, folder: Path) -> None:
                 raise StateError(f"{url!r} is not as it was written: {name} has {size} bytes, not {entry['size']}")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             system.get_file(f"{place}/{name}", str(folder / name))
-        if system.exists(f"{place}/{CERTIFICATE}"):
-            system.get_file(f"{place}/{CERTIFICATE}", str(folder / CERTIFICATE))
+        if system.exists(f"{place}/{folders.CERTIFICATE}"):
+            system.get_file(f"{place}/{folders.CERTIFICATE}", str(folder / folders.CERTIFICATE))
     except StateError as error:
         raise StateError(str(error).replace(str(folder), url)) from error
     except Exception as error:  # every file system has errors of its own

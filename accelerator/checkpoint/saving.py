@@ -63,11 +63,11 @@ def collect(accumulation: Accumulation, registered: Sequence[Any], about: dict[s
     return Draft(state, found, about)
 
 
-def write(draft: Draft, target: Path, peers: Peers, *, beside: bool) -> None:
+def write(draft: Draft, target: Path, peers: Peers, *, beside: bool, project_dir: Path | None) -> None:
     """Put the files of a draft into place as `target`, all or none. Collective.
 
     `beside` says that this job alone may write other checkpoints beside it. Raises `StateError` on every rank if any
-    of them fails; what was there before is then untouched.
+    of them fails, or if anything but a checkpoint is there; what was there before is then untouched.
     """
     world = peers.world
     with contextlib.ExitStack() as stack:
@@ -75,6 +75,7 @@ def write(draft: Draft, target: Path, peers: Peers, *, beside: bool) -> None:
         def begin() -> tuple[str, str]:
             token = uuid.uuid4().hex
             if world.is_main:
+                folders.refuse_loss(target, project_dir)
                 stack.enter_context(_only_writer(target, beside))
                 hidden = folders.hidden_beside(target, token)
                 hidden.mkdir()

@@ -1,0 +1,123 @@
+"""Where a checkpoint may go: never over anything but an older checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from accelerator import Accelerator
+from strategies import CPU, ConfigurationError, StateError
+
+
+def prepared(folder: Path | None = None) -> Accelerator:
+    accelerator = Accelerator(CPU(), project_dir=folder)
+    net = nn.Linear(4, 3)
+    accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
+    return accelerator
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def results(folder: Path) -> Path:
+    (folder / "output" / "best").mkdir(parents=True)
+    (folder / "output" / "train.log").write_text("a day of work")
+    (folder / "output" / "best" / "model.bin").write_bytes(b"weights")
+    return folder / "output"
+
+
+def linked(folder: Path) -> Path:
+    (folder / "link").symlink_to(results(folder))
+    return folder / "link"
+
+
+def plain_file(folder: Path) -> Path:
+    (folder / "notes").write_text("a day of work")
+    return folder / "notes"
+
+
+def web_site(folder: Path) -> Path:
+    (folder / "site").mkdir()
+    (folder / "site" / "manifest.json").write_text('{"name": "site"}')
+    return folder / "site"
+
+
+def with_a_file_of_ones_own(folder: Path) -> Path:
+    target = prepared().save_state(folder / "saved")
+    (target / "notes.txt").write_text("the good one")
+    return target
+
+
+def named_like_a_step(folder: Path) -> Path:
+    target = results(folder).with_name("step-000000000")
+    return (folder / "output").rename(target)
+
+
+def empty_working_directory(folder: Path) -> Path:
+    (folder / "work").mkdir()
+    return folder / "work"
+
+
+TAKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "results": (results, "is no checkpoint, or holds more than one: best/model.bin, train.log"),
+    "link": (linked, "is a link"),
+    "file": (plain_file, "is a file"),
+    "manifest of something else": (web_site, r"is no checkpoint, or holds more than one: manifest\.json"),
+    "checkpoint and more": (with_a_file_of_ones_own, r"holds more than one: notes\.txt"),
+    "named like a step": (named_like_a_step, "is no checkpoint, or holds more than one: best/model.bin"),
+}
+
+
+@pytest.mark.parametrize("case", list(TAKEN))
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path, case: str) -> None:
+    make, reason = TAKEN[case]
+    target = make(tmp_path)
+    before = all_files(tmp_path)
+    with pytest.raises(StateError, match=reason):
+        prepared().save_state(target)
+    assert all_files(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({Path(name).relative_to(tmp_path).parts[0]
+        for name in before} | {target.name})  # fmt: skip
+
+
+def test_the_folder_of_the_run_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    accelerator = prepared(tmp_path / "work" / "run")
+    for place in ("", ".", "..", tmp_path / "work" / "run", tmp_path):
+        with pytest.raises(StateError, match="which a checkpoint would replace"):
+            accelerator.save_state(place)
+    assert (tmp_path / "work" / "run").is_dir()
+    assert accelerator.save_state("saved") == Path("saved")
+
+
+def test_an_empty_folder_and_an_older_checkpoint_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    accelerator = prepared(tmp_path)
+    for place in (tmp_path / "empty", tmp_path / "empty", None, None):
+        accelerator.load_state(accelerator.save_state(place))
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "state.json", "tensors/.metadata"])
+def test_a_broken_one_of_the_same_step_is_replaced(tmp_path: Path, damage: str) -> None:
+    accelerator = prepared(tmp_path)
+    (accelerator.save_state() / damage).unlink()
+    accelerator.load_state(accelerator.save_state())
+
+
+def test_a_url_is_no_place_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    accelerator = prepared()
+    places: list[Any] = ["s3://bucket/saved", Path("s3://bucket/saved"), "memory://saved"]
+    for place in places:
+        with pytest.raises(StateError, match="got the URL .*; expected a path on a disk"):
+            accelerator.save_state(place)
+        with pytest.raises(ConfigurationError, match="project_dir is .*; expected a folder on a disk"):
+            prepared(place)
+    assert not list(tmp_path.iterdir())
