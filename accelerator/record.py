@@ -139,8 +139,8 @@ def _check_writable(folder: Path, origin: str) -> None:
     """Raise `ConfigurationError` unless the folder is there, or can be made, and takes files."""
     if is_url(str(folder)):
         raise ConfigurationError(
-            f"project_dir is {str(folder)!r} ({origin}); expected a folder on a disk, since checkpoints are put in their "
-            "place by a rename, which no URL offers. Copy them to a store with its own tool."
+            f"project_dir is {str(folder)!r} ({origin}); expected a folder on a disk, since checkpoints are put in "
+            "their place by a rename, which no URL offers. Copy them to a store with its own tool."
         )
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

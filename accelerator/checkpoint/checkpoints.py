@@ -71,7 +71,7 @@ class Checkpoints:
         self._meet("save_state", path, f"async_={in_background}, {keep}")
         if place is not None and remote.is_url(place):
             raise StateError(
-                f"save_state got the URL {place!r}; expected a path on a disk, where a folder can be renamed as a whole. "
+                f"save_state got the URL {place!r}; expected a path on a disk, where a whole folder can be renamed. "
                 "Save there, and copy the folder with the store's own tool."
             )
         self.wait()

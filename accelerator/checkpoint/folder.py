@@ -186,8 +186,8 @@ def refuse_loss(target: Path, project_dir: Path | None) -> None:
     foreign = names - known
     if foreign:
         raise StateError(
-            f"{str(target)!r} is no checkpoint, or holds more than one: {listed(sorted(foreign)[:5])}. Saving there would "
-            f"delete it. {_ELSEWHERE}"
+            f"{str(target)!r} is no checkpoint, or holds more than one: {listed(sorted(foreign)[:5])}. Saving there "
+            f"would delete it. {_ELSEWHERE}"
         )
 
 

@@ -6,6 +6,7 @@ made of are let through, and nothing but tensors is read.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pickle
 import threading
@@ -13,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -37,22 +38,35 @@ _ALLOWED = {
     (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("pathlib._local", "PosixPath"),
-    ("pathlib._local", "WindowsPath"),
     ("collections", "OrderedDict"),
     ("builtins", "set"),
 } | {("torch", name) for name in _DTYPES}
 
 
-class _OnlyAnIndex(pickle.Unpickler):
-    """Reads the classes of an index and refuses all others."""
+_PythonsOwn: Any = pickle._Unpickler  # what typeshed knows of it differs from release to release
+
+
+class _OnlyAnIndex(_PythonsOwn):  # type: ignore[misc]
+    """Reads the classes of an index and refuses all others; gives values to none but their instances.
+
+    Python's own unpickler, and not the one in C: a pickle can also set attributes of what it names, such as a class.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("pathlib") and name.endswith("Path"):  # where it was written, which nobody asks
+            return lambda *parts: "/".join(parts)
         if (module, name) not in _ALLOWED:
             raise StateError(f"the index of the tensors names {module}.{name}, which no checkpoint needs: not read")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Set the attributes of a value, which must be of a class of the index."""
+        target = self.stack[-2]
+        if not dataclasses.is_dataclass(type(target)):
+            raise StateError(f"the index of the tensors sets attributes of {target!r:.80}: not read")
+        super().load_build()
+
+    dispatch: ClassVar[Mapping[int, Any]] = {**_PythonsOwn.dispatch, pickle.BUILD[0]: load_build}
 
 
 def stage(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,18 +215,20 @@ def _metadata_of(folder: Path) -> Any:
     try:
         with (folder / ".metadata").open("rb") as file:
             metadata = _OnlyAnIndex(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+        if not isinstance(metadata, Metadata):
+            raise StateError(f"the index of the tensors in {str(folder)!r} is a {type(metadata).__name__}")
+        for name, item in metadata.state_dict_metadata.items():
+            if not isinstance(item, TensorStorageMetadata):
+                raise StateError(f"{name} in {str(folder)!r} is no tensor, and nothing else is read from there")
+        for place in (metadata.storage_data or {}).values():
+            if Path(place.relative_path).name != place.relative_path:
+                raise StateError(f"the index in {str(folder)!r} leads elsewhere: {place.relative_path!r}")
+            if getattr(place, "transform_descriptors", None):
+                raise StateError(f"the index in {str(folder)!r} asks for {place.transform_descriptors!r}")
+    except StateError:
+        raise
+    except Exception as error:  # a forged one can fail anywhere
         raise StateError(f"the index of the tensors in {str(folder)!r} cannot be read: {error!r}") from error
-    if not isinstance(metadata, Metadata):
-        raise StateError(f"the index of the tensors in {str(folder)!r} is a {type(metadata).__name__}")
-    for name, item in metadata.state_dict_metadata.items():
-        if not isinstance(item, TensorStorageMetadata):
-            raise StateError(f"{name} in {str(folder)!r} is no tensor, and nothing else is read from there")
-    for place in (metadata.storage_data or {}).values():
-        if Path(place.relative_path).name != place.relative_path:
-            raise StateError(f"the index in {str(folder)!r} leads elsewhere: {place.relative_path!r}")
-        if getattr(place, "transform_descriptors", None):
-            raise StateError(f"the index in {str(folder)!r} asks for {place.transform_descriptors!r}")
     metadata.storage_meta = None
     return metadata
 

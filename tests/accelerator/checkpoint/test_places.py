@@ -116,8 +116,8 @@ def test_a_url_is_no_place_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     accelerator = prepared()
     places: list[Any] = ["s3://bucket/saved", Path("s3://bucket/saved"), "memory://saved"]
     for place in places:
-        with pytest.raises(StateError, match="got the URL .*; expected a path on a disk"):
+        with pytest.raises(StateError, match=r"got the URL .*; expected a path on a disk"):
             accelerator.save_state(place)
-        with pytest.raises(ConfigurationError, match="project_dir is .*; expected a folder on a disk"):
+        with pytest.raises(ConfigurationError, match=r"project_dir is .*; expected a folder on a disk"):
             prepared(place)
     assert not list(tmp_path.iterdir())

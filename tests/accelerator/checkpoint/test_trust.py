@@ -18,6 +18,7 @@ import pytest
 import torch
 import xxhash
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
 
 from accelerator import Accelerator
 from rank_pool import RankPool, WorkerDied
@@ -334,6 +335,21 @@ def with_planner(folder: Path, proof: Path) -> bytes:
     return pickle.dumps(metadata)
 
 
+def attribute_set(target: str) -> bytes:
+    """The begin of a pickle that makes `target.is_file` a `set`, and then goes on with another value."""
+    return b"\x80\x04" + target.encode() + b"N}X\x07\0\0\0is_filecbuiltins\nset\ns\x86b0"
+
+
+def the_index(folder: Path) -> bytes:
+    return (folder / "tensors" / ".metadata").read_bytes()
+
+
+def with_no_dictionaries(folder: Path, proof: Path) -> bytes:
+    metadata = metadata_of(folder)
+    metadata.state_dict_metadata = {1, 2}
+    return pickle.dumps(metadata)
+
+
 MALICIOUS: dict[str, tuple[Callable[[Path, Path], bytes], str]] = {
     "os.system": (
         lambda folder, proof: pickle.dumps(Runs(os.system, f"touch {proof}")),
@@ -347,6 +363,19 @@ MALICIOUS: dict[str, tuple[Callable[[Path, Path], bytes], str]] = {
     "planner": (with_planner, r"names posix\.system, "),
     "bytes": (with_bytes, "names .*BytesStorageMetadata, "),
     "path": (with_path, r"leads elsewhere: '\.\./\.\./\.\./elsewhere\.distcp'"),
+    "attribute of a class": (
+        lambda folder, proof: attribute_set("ctorch.distributed.checkpoint.metadata\nMetadata\n") + the_index(folder),
+        "sets attributes of <class 'torch.distributed.checkpoint.metadata.Metadata'>",
+    ),
+    "attribute of a path": (
+        lambda folder, proof: attribute_set("cpathlib\nPosixPath\n") + the_index(folder),
+        "sets attributes of <function",
+    ),
+    "attribute of a function": (
+        lambda folder, proof: attribute_set("ctorch.serialization\n_get_layout\n") + the_index(folder),
+        "sets attributes of <function",
+    ),
+    "no dictionaries": (with_no_dictionaries, "cannot be read: "),
     "other object": (lambda folder, proof: pickle.dumps({"a": 1}), "is a dict"),
     "no pickle": (lambda folder, proof: b"\x80\x04K", "cannot be read: "),
 }
@@ -361,6 +390,8 @@ def test_a_malicious_index_is_refused_and_runs_nothing(tmp_path: Path, name: str
     with pytest.raises(StateError, match=reason):
         reader(tmp_path)[0].load_state(folder)
     assert not proof.exists()
+    changed = Metadata, type(tmp_path), torch.serialization._get_layout
+    assert not any(vars(one).get("is_file") is set for one in changed)
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname"])
