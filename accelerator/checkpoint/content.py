@@ -106,6 +106,13 @@ class Content:
             for name, parameter in model.original.named_parameters()
         }
 
+    def buffers(self, name: str) -> dict[str, Tensor]:
+        """The buffers of a model that its state dict names, each once, but for sharded ones."""
+        module = self.models[name].original
+        live = {id(buffer): buffer for buffer in module.buffers()}
+        named = [(key, live.pop(id(value), None)) for key, value in module.state_dict(keep_vars=True).items()]
+        return {key: value.detach() for key, value in named if value is not None and not is_sharded(value)}
+
     # -- in ------------------------------------------------------------------------------------------------
 
     def check(self, state: Mapping[str, Any], index: Index) -> None:
@@ -162,7 +169,9 @@ class Content:
             encode(item.state_dict(), f"registered/{name}", here)
             cut = {tensor: value for tensor, value in here.items() if tensor in index and is_sharded(value)}
             targets |= {tensor: _like(value, *index[tensor]) for tensor, value in cut.items()}
-        for tensor in names_of_tensors({kind: value for kind, value in state.items() if kind != "windows"}):
+        for tensor in names_of_tensors(
+            {kind: value for kind, value in state.items() if kind not in ("windows", "buffers")}
+        ):
             if tensor not in targets:
                 shape, dtype = index[tensor]
                 targets[tensor] = torch.empty(shape, dtype=dtype)

@@ -14,7 +14,7 @@ from strategies.accumulation import Accumulation
 from strategies.errors import StateError
 
 from . import folder as folders
-from . import random_state, tensors, windows
+from . import random_state, replicas, tensors, windows
 from .content import Content
 from .encode import decode
 from .peers import Peers
@@ -88,7 +88,9 @@ def load(
         index = tensors.index_of(path / TENSORS)
         content.check(state, index)
         windows.check(state["windows"], index, accumulation.precision.mode, manifest.get("mixed_precision", ""))
-        return content, state, content.targets(state, index)
+        own = replicas.targets(state.get("buffers", []), index, content, accumulation)
+        targets = {**content.targets(state, index), **own}
+        return content, state, {name: target for name, target in targets.items() if target is not None}
 
     content, state, targets = peers.together(prepared)
     tensors.read(targets, path / TENSORS, world)

@@ -23,7 +23,7 @@ from strategies.accumulation import Accumulation
 from strategies.errors import StateError
 
 from . import folder as folders
-from . import random_state, tensors, windows
+from . import random_state, replicas, tensors, windows
 from .content import Content
 from .encode import encode
 from .peers import Peers
@@ -51,14 +51,14 @@ def collect(accumulation: Accumulation, registered: Sequence[Any], about: dict[s
     state: dict[str, Any] = {}
     found: dict[str, Tensor] = {}
 
-    def of_this_rank() -> tuple[Any, Any]:
+    def of_this_rank() -> tuple[Any, ...]:
         shared, of_shared = content.collect()
         state.update(shared)
-        found.update(of_shared)
-        return windows.collect(content, accumulation, found), encode(random_state.read(world), "random", {})
+        found.update(of_shared if world.is_main else replicas.of_other_ranks(content, of_shared))
+        buffers = replicas.collect(content, accumulation, found)
+        return windows.collect(content, accumulation, found), buffers, encode(random_state.read(world), "random", {})
 
-    of_ranks = peers.each(of_this_rank)
-    state["windows"], state["random"] = [one for one, _ in of_ranks], [one for _, one in of_ranks]
+    state["windows"], state["buffers"], state["random"] = map(list, zip(*peers.each(of_this_rank), strict=True))
     about = {**about, "versions": _versions(), "world": topology(world), "time": time.time()}
     return Draft(state, found, about)
 
