@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.accumulation import Accumulation
-from strategies.errors import StateError, listed
+from strategies.errors import DataError, StateError, listed
 from strategies.shards import cut_like, is_sharded, local
 
 from .encode import decode, encode, names_of_tensors
@@ -131,9 +131,34 @@ class Content:
                     f"{name}: parameter groups of {[len(group) for group in saved]} parameters were saved, and there "
                     f"are {[len(group) for group in here]}, or they hold other parameters"
                 )
+        if not wrong:
+            wrong += self._check_values(state, index)
         wrong += [f"{name}: named but not there" for name in names_of_tensors(dict(state)) if name not in index]
         if wrong:
             raise StateError("the checkpoint is of another run, and nothing was loaded. " + "; ".join(wrong))
+
+    def _check_values(self, state: Mapping[str, Any], index: Index) -> list[str]:
+        """Read everything as `apply` will, but without tensors, and change nothing."""
+        wrong: list[str] = []
+        stand_ins = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in index.items()}
+        for kind in ("models", "optimizers", "schedulers", "registered", "step"):
+            decode(state[kind], stand_ins)
+        for name, saved in state["optimizers"].items():
+            options = [decode(group["options"], stand_ins) for group in saved["groups"]]
+            well = all(isinstance(one, dict) and "params" not in one for one in options)
+            if not well or not isinstance(saved["num_steps"], int):
+                wrong.append(f"{name}: its options name parameters or are none, or its steps are no number")
+        for name, saved in state["schedulers"].items():
+            if not isinstance(saved["num_followed"], int) or "state" not in saved:
+                wrong.append(f"{name}: its state is not as it was written")
+        for name, link in self.loaders.items():
+            try:
+                link.check_state_dict(decode(state["loaders"][name], stand_ins))
+            except DataError as error:
+                wrong.append(f"{name}: {error}")
+        joined = {part for key in ("scalers", "units") for names in state["step"][key] for part in names.split("+")}
+        wrong += [f"{name}: a window of it, but no such model" for name in sorted(joined - self.models.keys())]
+        return wrong
 
     def _check_model(self, name: str, index: Index) -> list[str]:
         prefix = f"model/{name}/"

@@ -216,6 +216,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return body
 
 
+def is_newer(folder: Path) -> bool:
+    """Whether a checkpoint is of a later release, and its manifest as that wrote it."""
+    try:
+        read = json.loads((folder / MANIFEST).read_text())
+        good = read["digest"] == digest_of({key: value for key, value in read.items() if key != "digest"})
+        return good and isinstance(read["format"], int) and read["format"] > FORMAT
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def what_is_wrong(folder: Path, manifest: Mapping[str, Any], rank: int = 0, size: int = 1) -> list[str]:
     """What differs from the manifest, among every `size`-th file; nothing if all is as it was written."""
     wrong = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from strategies.accumulation import Accumulation
-from strategies.errors import StateError
+from strategies.errors import AcceleratorError, StateError
 
 from . import folder as folders
 from . import random_state, replicas, tensors, windows
@@ -27,7 +27,7 @@ def newest(parent: Path, peers: Peers) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint below `parent` written last of those that are whole, and its manifest. Collective.
 
     `None` if there is none. Warns of those that are not whole, and where another has a higher step. Raises `StateError`
-    if there are some, and none is whole.
+    if there are some, and none is whole, or if it is of a later release.
     """
     peers.on_main(lambda: folders.bring_back(parent))
     here = [path.name for path in folders.newest_first(parent)] if peers.world.is_main else []
@@ -42,6 +42,8 @@ def newest(parent: Path, peers: Peers) -> tuple[Path, dict[str, Any]] | None:
                 )
             return parent / name, manifest
         except StateError as error:
+            if peers.gather(peers.world.is_main and folders.is_newer(parent / name))[0]:
+                raise  # it is whole, and going on from an older one would lose what it has
             reasons.append(str(error))
             if peers.world.is_main:
                 _log.warning("%s: trying an older checkpoint", error)
@@ -86,16 +88,30 @@ def load(
         content = Content(accumulation, registered)
         state = read_state(path)
         index = tensors.index_of(path / TENSORS)
-        content.check(state, index)
-        windows.check(state["windows"], index, accumulation.precision.mode, manifest.get("mixed_precision", ""))
-        own = replicas.targets(state.get("buffers", []), index, content, accumulation)
-        targets = {**content.targets(state, index), **own}
+        try:
+            content.check(state, index)
+            mode = accumulation.precision.mode
+            windows.check(state["windows"], index, content, mode, manifest.get("mixed_precision", ""))
+            random_state.check([decode(one, {}) for one in state["random"]], world)
+            own = replicas.targets(state.get("buffers", []), index, content, accumulation)
+            targets = {**content.targets(state, index), **own}
+        except AcceleratorError:
+            raise
+        except Exception as error:  # nothing is taken for granted of a file that anybody can have written
+            raise StateError(f"{str(path / STATE)!r} is not as save_state writes it: {error!r}") from error
         return content, state, {name: target for name, target in targets.items() if target is not None}
 
     content, state, targets = peers.together(prepared)
-    tensors.read(targets, path / TENSORS, world)
-    content.apply(state, targets)
-    windows.restore(state["windows"], path / TENSORS, content, accumulation)
+    try:
+        tensors.read(targets, path / TENSORS, world)
+        peers.together(lambda: content.apply(state, targets))
+        peers.together(lambda: windows.open_again(state["windows"], content, accumulation))
+        windows.restore(state["windows"], path / TENSORS, content, accumulation)
+    except StateError as error:
+        raise StateError(
+            f"{error}. The checkpoint is loaded in part, and the run is a mixture of it and of what was there before: "
+            "end it, or load a checkpoint that fits."
+        ) from error
     if not random_state.restore([decode(one, {}) for one in state["random"]], world) and world.is_main:
         _log.warning(
             "the checkpoint was written on %d processes and is read on %d: random numbers, such as dropout's, go on "
@@ -108,7 +124,9 @@ def load(
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON of a checkpoint."""
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text())
-    except (OSError, ValueError) as error:
+        state = json.loads((path / STATE).read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise StateError(f"{str(path / STATE)!r} cannot be read: {error!r}") from error
+    if not isinstance(state, dict):
+        raise StateError(f"{str(path / STATE)!r} holds a {type(state).__name__}; expected an object")
     return state

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from strategies import World
-from strategies.errors import StateError
+from strategies.errors import AcceleratorError, CollectiveError, StateError
 from strategies.process_group import named_failures
 
 T = TypeVar("T")
@@ -43,9 +43,11 @@ class Peers:
         result: T | None = None
         try:
             result = function()
-        except (OSError, StateError) as problem:
+        except CollectiveError:  # of all ranks, or the end of this one's collectives
+            raise
+        except Exception as problem:  # also what the user's own objects raise
             error = problem
-        everyone = self.gather((None if error is None else str(error), result))
+        everyone = self.gather((None if error is None else _reason(error), result))
         failed = [(rank, reason) for rank, (reason, _) in enumerate(everyone) if reason is not None]
         if failed:
             rank, reason = failed[0]
@@ -55,3 +57,7 @@ class Peers:
     def on_main(self, function: Callable[[], Any]) -> None:
         """Have rank 0 call `function`; raise on every rank if it failed there. Collective."""
         self.together(lambda: function() if self.world.is_main else None)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, AcceleratorError | OSError) else f"{type(error).__name__}: {error}"

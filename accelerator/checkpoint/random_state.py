@@ -26,6 +26,14 @@ def read(world: World) -> dict[str, Any]:
     return state
 
 
+def check(states: Sequence[Mapping[str, Any]], world: World) -> None:
+    """Raise for states that no generator takes, before anything is changed."""
+    mine = states[world.rank if len(states) == world.size else 0]
+    random.Random().setstate(mine["python"])
+    np.random.RandomState().set_state(mine["numpy"])
+    torch.Generator().set_state(torch.from_numpy(np.array(mine["torch"])))
+
+
 def restore(states: Sequence[Mapping[str, Any]], world: World) -> bool:
     """Put this rank's generators back where they were; whether that was possible.
 

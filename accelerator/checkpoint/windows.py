@@ -42,10 +42,15 @@ def collect(content: Content, accumulation: Accumulation, found: dict[str, Tenso
     return windows
 
 
-def check(windows: Sequence[Mapping[str, Any]], index: Index, precision: str, was: str) -> None:
+def check(windows: Sequence[Mapping[str, Any]], index: Index, content: Content, precision: str, was: str) -> None:
     """Raise `StateError` for windows that cannot be gone on with, before anything is changed."""
     if not windows[0]:
         return
+    for joined, window in [item for of_rank in windows for item in of_rank.items()]:
+        unknown = {*joined.split("+"), *window["gradients"]} - content.models.keys()
+        unknown |= {window["state"]["loader"]} - {None, *content.loaders}
+        if unknown:
+            raise StateError(f"the checkpoint holds a window of {', '.join(sorted(unknown))}, which are not there")
     missing = [name for name in names_of_tensors(list(windows)) if name not in index]
     if missing:
         raise StateError(f"the checkpoint names gradients that it does not hold: {', '.join(missing[:5])}")
@@ -57,15 +62,20 @@ def check(windows: Sequence[Mapping[str, Any]], index: Index, precision: str, wa
         )
 
 
-def restore(windows: Sequence[Mapping[str, Any]], folder: Path, content: Content, accumulation: Accumulation) -> None:
-    """Open the windows of a checkpoint again. Collective."""
-    world = accumulation.world
+def open_again(windows: Sequence[Mapping[str, Any]], content: Content, accumulation: Accumulation) -> None:
+    """Open the windows of a checkpoint again."""
     for joined in windows[0]:
         states = []
         for of_rank in windows:
             loader = of_rank[joined]["state"]["loader"]
             states.append({**of_rank[joined]["state"], "loader": None if loader is None else content.loaders[loader]})
         accumulation.load_open_state(joined, states, content.models)
+
+
+def restore(windows: Sequence[Mapping[str, Any]], folder: Path, content: Content, accumulation: Accumulation) -> None:
+    """Give the open windows their gradients. Collective."""
+    world = accumulation.world
+    for joined in windows[0]:
         for model in windows[0][joined]["gradients"]:
             gradients = _read([of_rank[joined]["gradients"][model] for of_rank in windows], folder, world)
             accumulation.strategy.set_open_gradients(content.models[model].wrapped, gradients, world)

@@ -106,17 +106,23 @@ class DataLoaderLink:
             self.source.order.begin(begin.epoch)  # a loaded state of a sampler is that before this epoch
         self._begin, self._last = Position(begin.epoch + 1), None
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise what `load_state_dict` would, and change nothing."""
+        self._read(state, dry=True)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin the next pass at a position."""
+        self._begin = self._read(state)
+        self._last = None
+
+    def _read(self, state: Mapping[str, Any], *, dry: bool = False) -> Position:
         if self._last is not None and self._last.is_open:
             raise DataError("load_state_dict was called inside a loop over the loader. Call it before the loop.")
         dataset = type(self.original.dataset).__name__
         if isinstance(self.source, Stream):
-            self._begin = read_stream(state, self.source, dataset)
-        else:
-            needs_seed = self._seed.was_given and (self.seeds_samples or self.source.order.kind != "sequential")
-            self._begin = read(state, self.source, needs_seed=needs_seed, dataset=dataset)
-        self._last = None
+            return read_stream(state, self.source, dataset)
+        needs_seed = self._seed.was_given and (self.seeds_samples or self.source.order.kind != "sequential")
+        return read(state, self.source, needs_seed=needs_seed, dataset=dataset, dry=dry)
 
     def iterate(self, view: DataLoader[Any], make_iterator: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """One pass over this rank's batches, keeping the loop's position for the weights of its windows."""

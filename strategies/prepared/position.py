@@ -37,8 +37,13 @@ def describe(position: Position, source: PlannedSampler | Stream) -> dict[str, A
     } | order.state(position.epoch)
 
 
-def read(state: Mapping[str, Any], sampler: PlannedSampler, *, needs_seed: bool, dataset: str) -> Position:
-    """The position in `state`. Raises `DataError`, changing nothing, where it does not fit the loader."""
+def read(
+    state: Mapping[str, Any], sampler: PlannedSampler, *, needs_seed: bool, dataset: str, dry: bool = False
+) -> Position:
+    """The position in `state`, which the sampler's order takes up, but not with `dry`.
+
+    Raises `DataError`, changing nothing, where it does not fit the loader.
+    """
     check_version(state)
     order = sampler.order
     kind, length, seed = state.get("order"), state.get("length"), state.get("seed")
@@ -63,8 +68,9 @@ def read(state: Mapping[str, Any], sampler: PlannedSampler, *, needs_seed: bool,
     position = Position(_count(state, "epoch"), _count(state, "position"))
     if position.start > order.length:
         raise DataError(f"the position to load is {position.start}, after the end of an epoch of {order.length}.")
-    order.seed = seed
-    order.restore(dict(state))
+    if not dry:
+        order.seed = seed
+        order.restore(dict(state))
     return position
 
 

@@ -136,8 +136,8 @@ def save_into(strategy: Any, folder: str, spoil: str) -> str:
     accelerator = Accelerator(strategy, project_dir=folder)
     net = Net(4, 3)
     accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
-    if spoil == "object" and accelerator.process_index == 1:
-        accelerator.register_for_checkpointing(Unserialisable())
+    if spoil in ("object", "raises") and accelerator.process_index == 1:
+        accelerator.register_for_checkpointing(Unserialisable() if spoil == "object" else Raises())
     if spoil == "folder" and accelerator.is_main_process:
         (Path(folder) / "checkpoints").write_text("in the way")
     accelerator.wait_for_everyone()
@@ -158,10 +158,17 @@ class Unserialisable:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Raises(Unserialisable):
+    def state_dict(self) -> dict[str, Any]:
+        raise RuntimeError("no connection")
+
+
 def test_a_failure_of_one_rank_is_that_of_all_with_its_reason(ranks: RankPool, tmp_path: Path) -> None:
     for index, strategy in enumerate((DDP(), FSDP())):
         for message in ranks(save_into, strategy, str(tmp_path / f"a{index}"), "object", nproc=2):
             assert "rank 1: registered/Unserialisable/model/stream is <object object" in message
+        for message in ranks(save_into, strategy, str(tmp_path / f"c{index}"), "raises", nproc=2):
+            assert message == "rank 1: RuntimeError: no connection"
         (tmp_path / f"b{index}").mkdir()
         for message in ranks(save_into, strategy, str(tmp_path / f"b{index}"), "folder", nproc=2):
             assert "rank 0:" in message
@@ -295,6 +302,13 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     rewrite(checkpoint_of(tmp_path), lambda body: body.update(format=2))
     with pytest.raises(StateError, match="has format 2, and this release reads 1"):
         reader(tmp_path)[0].load_state(checkpoint_of(tmp_path))
+
+
+def test_resume_does_not_walk_back_past_a_newer_format(tmp_path: Path) -> None:
+    written(tmp_path, steps=2)
+    rewrite(checkpoint_of(tmp_path, 2), lambda body: body.update(format=2))
+    with pytest.raises(StateError, match="has format 2, and this release reads 1"):
+        reader(tmp_path)[0].resume()
 
 
 # -- foreign code ----------------------------------------------------------------------------------------------
