@@ -18,7 +18,7 @@ from strategies.accumulation import Accumulation
 from strategies.errors import DataError, StateError, listed
 from strategies.shards import cut_like, is_sharded, local
 
-from .encode import decode, encode, names_of_tensors
+from .encode import decode, encode, hold, names_of_tensors
 
 _log = logging.getLogger("accelerator")
 Index = Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -75,11 +75,12 @@ class Content:
         state = link.original.state_dict(keep_vars=True)
         live = _live(link.original)
         for key, value in state.items():
+            if id(value) in live and id(value) not in seen:  # tied weights once
+                seen.add(id(value))
+                hold(value, f"model/{name}/{key}", tensors)
+        for key, value in state.items():  # after the weights, whose names are theirs
             if id(value) not in live:
                 extra[key] = encode(value, f"model/{name}/{key}", tensors)
-            elif id(value) not in seen:  # tied weights once
-                seen.add(id(value))
-                tensors[f"model/{name}/{key}"] = value.detach()
         return {"extra": extra}
 
     def _of_optimizer(self, name: str, link: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:

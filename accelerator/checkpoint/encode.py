@@ -6,6 +6,7 @@ JSON has no tuples, no keys but text and no tensors: each of these becomes an ob
 from __future__ import annotations
 
 import base64
+from collections import OrderedDict
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -24,33 +25,57 @@ def encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
     Raises `StateError` for what can be neither, naming where it is.
     """
+    try:
+        return _encode(tree, path, tensors)
+    except RecursionError:
+        raise StateError(f"{path} holds itself, or is nested too deeply. Have state_dict() return less.") from None
+
+
+def _encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if tree is None or type(tree) in (bool, int, float, str):
         return tree
     if isinstance(tree, Tensor):
-        tensors[path] = tree.detach()
-        return {_TAG: "tensor", "name": path}
+        return {_TAG: "tensor", "name": hold(tree, path, tensors)}
     if isinstance(tree, bytes):
         return {_TAG: "bytes", "base64": base64.b64encode(tree).decode()}
-    if isinstance(tree, np.generic | np.ndarray):
+    if isinstance(tree, np.generic | np.ndarray) and not isinstance(tree, np.ma.MaskedArray):
         return _encode_array(tree, path)
     if isinstance(tree, torch.dtype):
         return {_TAG: "dtype", "name": str(tree).removeprefix("torch.")}
-    if isinstance(tree, list):
-        return [encode(item, f"{path}/{index}", tensors) for index, item in enumerate(tree)]
-    if type(tree) is tuple or isinstance(tree, set | frozenset):
-        items = [encode(item, f"{path}/{index}", tensors) for index, item in enumerate(tree)]
+    if type(tree) is list:
+        return [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(tree)]
+    if type(tree) in (tuple, set, frozenset):
+        items = [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(tree)]
         return {_TAG: type(tree).__name__, "items": items}
-    if isinstance(tree, Mapping):
+    if type(tree) in (dict, OrderedDict):
         plain = all(type(key) is str for key in tree) and _TAG not in tree
         if plain:
-            return {key: encode(value, f"{path}/{key}", tensors) for key, value in tree.items()}
-        pairs = [[encode(k, path, tensors), encode(v, f"{path}/{k}", tensors)] for k, v in tree.items()]
+            return {key: _encode(value, f"{path}/{key}", tensors) for key, value in tree.items()}
+        pairs = [[_encode(k, path, tensors), _encode(v, f"{path}/{k}", tensors)] for k, v in tree.items()]
         return {_TAG: "dict", "pairs": pairs}
     kind = f"{type(tree).__module__}.{type(tree).__qualname__}"
-    hint = (
-        "Save its .value" if isinstance(tree, Enum) else "Have state_dict() return numbers, text, lists, dicts, tensors"
-    )
+    hints: dict[Any, str] = {
+        Enum: "Save its .value",
+        Mapping: "It would come back as a dict: save dict(it)",
+        list: "It would come back as a list: save list(it)",
+        np.ma.MaskedArray: "Save its .data and its .mask",
+    }
+    otherwise = "Have state_dict() return numbers, text, lists, dicts, tensors"
+    hint = next((text for cls, text in hints.items() if isinstance(tree, cls)), otherwise)
     raise StateError(f"{path} is {tree!r:.60} of {kind}, which a checkpoint cannot hold. {hint}.")
+
+
+def hold(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
+    """Put a tensor into `tensors`, under `path` or, where another has it, a name like it; return the name."""
+    if tensor.is_quantized or tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided:
+        what = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else ""
+        what = what or ("without memory (meta)" if tensor.is_meta else f"{tensor.layout}")
+        raise StateError(f"{path} is a tensor that is {what}, which a checkpoint cannot hold. Save plain tensors.")
+    name, number = path, 1
+    while name in tensors:  # {"a": {"b": ...}, "a/b": ...}
+        name, number = f"{path} ({number + 1})", number + 1
+    tensors[name] = tensor.detach()
+    return name
 
 
 def decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,53 @@ def test_arrays_dtypes_and_tensors_are_kept() -> None:
     assert (back["a"] == tree["a"]).all()
     assert (back["b"], back["c"], type(back["b"])) == (np.float32(1.5), torch.bfloat16, np.float32)
     assert list(tensors) == ["here/d"]
+
+
+ONE, TWO = torch.tensor(1.0), torch.tensor(2.0)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a": {"b": ONE}, "a/b": TWO},
+        {"a/b": ONE, "a": {"b": TWO}, "a/b (2)": ONE},
+        {1: ONE, "1": TWO},
+        {"a": [ONE], "a/0": TWO},
+    ],
+)
+def test_tensors_whose_paths_are_alike_stay_apart(tree: Any) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    assert decode(json.loads(json.dumps(encode(tree, "here", tensors))), tensors) == tree
+
+
+class Names(list[str]):
+    pass
+
+
+CIRCLE: list[Any] = []
+CIRCLE.append(CIRCLE)
+UNFIT = [
+    (defaultdict(int), r"save dict\(it\)"),
+    (Counter("ab"), r"save dict\(it\)"),
+    (Names(), r"save list\(it\)"),
+    (np.ma.masked_array([1, 2], [True, False]), r"\.data and its \.mask"),
+    (torch.ones(2, 2).to_sparse(), "a tensor that is torch.sparse_coo"),
+    (torch.ones(2, device="meta"), r"a tensor that is without memory \(meta\)"),
+    (CIRCLE, "holds itself"),
+]
+
+
+@pytest.mark.parametrize(("value", "reason"), UNFIT, ids=[type(value).__name__ + reason for value, reason in UNFIT])
+def test_what_would_come_back_as_something_else_is_named(value: Any, reason: str) -> None:
+    with pytest.raises(StateError, match=reason) as caught:
+        encode({"here": value}, "state", {})
+    assert str(caught.value).startswith("state")
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_quantized_tensor_is_named() -> None:
+    with pytest.raises(StateError, match="state/here is a tensor that is quantized"):
+        encode({"here": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, "state", {})
 
 
 @pytest.mark.parametrize("value", [object(), {1: lambda: 0}, [object()]])
