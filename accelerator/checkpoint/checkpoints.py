@@ -19,6 +19,7 @@ from strategies.errors import ConfigurationError, PrepareError, StateError
 from . import folder as folders
 from . import loading, remote, retention, saving
 from .certificate import Awaited, Certificates, OnDrift
+from .lineage import Lineage
 from .peers import Peers
 from .preemption import REQUEUE, Timetable
 from .retention import Health, Keep, Verdict
@@ -36,6 +37,8 @@ class Checkpoints:
         self._timetable = Timetable(accumulation.world)
         self._registered: list[Any] = []
         self._certificates = Certificates(accumulation, about, self._peers)
+        self._lineage = Lineage()
+        self._look()
         self._health: Health | None = None
         self._loaded: str | None = None
         self._group: dist.ProcessGroup | None = None  # that of saves in the background
@@ -78,6 +81,7 @@ class Checkpoints:
         target = path if path is not None else self.folder / folders.name_of(self.step)
         beside = path is None or keep.deletes
         about = {**self._about, "step": self.step, "metrics": _numbers(metrics or {})}
+        about |= self._lineage.about(target.absolute().parent)
         draft = saving.collect(self._accumulation, self._registered, about, self._peers)
         verdict = self._watched().judge(keep.healthy_after) if keep.deletes else Verdict()
         awaited = self._certificates.saved(target.absolute())
@@ -111,6 +115,7 @@ class Checkpoints:
         path = Path(place)
         self._meet("load_state", place if remote.is_url(place) else path, _checked(on_drift))
         self.wait()
+        self._look(path.absolute().parent)
         if remote.is_url(place):
             with remote.fetched(place, self._peers) as copy:
                 self._load(copy, loading.verified(copy, self._peers, per_machine=True), on_drift, place)
@@ -140,6 +145,7 @@ class Checkpoints:
         """Load the one written last of those that are whole, if there is any."""
         self._meet("resume", None, _checked(on_drift))
         self.wait()
+        self._look()
         found = loading.newest(self.folder.absolute(), self._peers)
         if found is not None:
             self._load(*found, on_drift, found[0].name)
@@ -149,9 +155,17 @@ class Checkpoints:
         loading.load(path, manifest, self._accumulation, self._registered, self._peers)
         self._certificates.loaded(path, manifest, on_drift, name)
         self._loaded = name
+        self._lineage.loaded(path, manifest)
         self._timetable.loaded(self.step)
         if self._health is not None:
             self._health.loaded(name)
+
+    def _look(self, *more: Path) -> None:
+        """Know of the checkpoints that are there, before one is chosen: any other to come is of another job."""
+        if self._accumulation.world.is_main:
+            own = [self.folder.absolute()] if self._project_dir is not None else []
+            for parent in {*own, *more}:
+                self._lineage.look(parent)
 
     def _meet(self, call: str, place: Path | str | None, options: str = "") -> None:
         """Go on once all ranks are in the same call with the same arguments. Raises `CollectiveError` if not.
@@ -172,7 +186,8 @@ class Checkpoints:
         return self._health
 
     def _finish(self, draft: Draft, awaited: Awaited, beside: bool, keep: Keep, verdict: Verdict, peers: Peers) -> None:
-        saving.write(draft, awaited.target, peers, beside=beside, project_dir=self._project_dir)
+        lineage = self._lineage if beside else None
+        saving.write(draft, awaited.target, peers, lineage=lineage, project_dir=self._project_dir)
         if peers.world.is_main:
             awaited.committed()
         if keep.deletes:

@@ -24,7 +24,7 @@ FORMAT = 1
 MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
 _NAME = re.compile(r"step-(\d{9})")
 _HIDDEN = ".writing-"
-_OLD = ".old-"
+OLD = ".old-"
 _BESIDE = {MANIFEST, CERTIFICATE, f".{CERTIFICATE}.new"}
 _OF_A_CHECKPOINT = re.compile(
     r"manifest\.json|state\.json|\.?certificate\.json(\.new)?|tensors/(\.metadata|[^/]+\.distcp)"
@@ -108,10 +108,14 @@ def newest_first(parent: Path) -> list[Path]:
 
     The time counts, not the step: after going back, a run writes lower steps than those that it has abandoned.
     """
+    return sorted(all_in(parent), key=lambda path: (_written_at(path), path.name), reverse=True)
+
+
+def all_in(parent: Path) -> list[Path]:
+    """The folders below `parent` that are called like checkpoints, in no order."""
     if not parent.is_dir():
         return []
-    found = [path for path in parent.iterdir() if step_of(path) is not None and path.is_dir()]
-    return sorted(found, key=lambda path: (_written_at(path), path.name), reverse=True)
+    return [path for path in parent.iterdir() if step_of(path) is not None and path.is_dir()]
 
 
 def _written_at(path: Path) -> float:
@@ -155,7 +159,7 @@ def commit(hidden: Path, target: Path, files: Mapping[str, FileEntry], about: Ma
     for folder in {(hidden / name).parent for name in files} | {hidden}:
         flush(folder)
     if target.exists():  # an older one of the same step: out of the way in one rename, and only then deleted
-        old = target.with_name(_OLD + target.name)
+        old = target.with_name(OLD + target.name)
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         hidden.rename(target)
@@ -248,8 +252,8 @@ def bring_back(parent: Path, name: str | None = None) -> None:
 
     Of `name`, or of every step.
     """
-    for old in parent.glob(f"{_OLD}*"):
-        target = old.with_name(old.name.removeprefix(_OLD))
+    for old in parent.glob(f"{OLD}*"):
+        target = old.with_name(old.name.removeprefix(OLD))
         if _is_one(target.name, name) and not target.exists() and (old / MANIFEST).exists():
             old.rename(target)
 
@@ -257,7 +261,7 @@ def bring_back(parent: Path, name: str | None = None) -> None:
 def clear_up(parent: Path, name: str | None = None) -> None:
     """Delete what killed saves of `name` have left, or of every step. To be called by the only writer of those."""
     bring_back(parent, name)
-    left = [(path, path.name.removeprefix(_OLD)) for path in parent.glob(f"{_OLD}*")]
+    left = [(path, path.name.removeprefix(OLD)) for path in parent.glob(f"{OLD}*")]
     left += [(path, path.name.removeprefix(_HIDDEN).rpartition(".")[0]) for path in parent.glob(f"{_HIDDEN}*")]
     for path, of in left:
         if _is_one(of, name):
@@ -270,7 +274,7 @@ def _is_one(of: str, name: str | None) -> bool:
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint, out of sight in one rename first: half of one is never seen."""
-    old = folder.with_name(_OLD + folder.name)
+    old = folder.with_name(OLD + folder.name)
     shutil.rmtree(old, ignore_errors=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # else it might be brought back
     folder.rename(old)

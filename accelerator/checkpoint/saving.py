@@ -26,6 +26,7 @@ from . import folder as folders
 from . import random_state, replicas, tensors, windows
 from .content import Content
 from .encode import encode
+from .lineage import Lineage
 from .peers import Peers
 
 STATE, TENSORS, LOCK = "state.json", "tensors", ".lock"
@@ -63,11 +64,11 @@ def collect(accumulation: Accumulation, registered: Sequence[Any], about: dict[s
     return Draft(state, found, about)
 
 
-def write(draft: Draft, target: Path, peers: Peers, *, beside: bool, project_dir: Path | None) -> None:
+def write(draft: Draft, target: Path, peers: Peers, *, lineage: Lineage | None, project_dir: Path | None) -> None:
     """Put the files of a draft into place as `target`, all or none. Collective.
 
-    `beside` says that this job alone may write other checkpoints beside it. Raises `StateError` on every rank if any
-    of them fails, or if anything but a checkpoint is there; what was there before is then untouched.
+    `lineage` is given where this job alone may write other checkpoints beside it. Raises `StateError` on every rank if
+    any of them fails, or if anything but a checkpoint is there; what was there before is then untouched.
     """
     world = peers.world
     with contextlib.ExitStack() as stack:
@@ -76,7 +77,9 @@ def write(draft: Draft, target: Path, peers: Peers, *, beside: bool, project_dir
             token = uuid.uuid4().hex
             if world.is_main:
                 folders.refuse_loss(target, project_dir)
-                stack.enter_context(_only_writer(target, beside))
+                stack.enter_context(_only_writer(target, lineage is not None))
+                if lineage is not None:
+                    lineage.check(target.parent)
                 hidden = folders.hidden_beside(target, token)
                 hidden.mkdir()
                 stack.callback(lambda: shutil.rmtree(hidden, ignore_errors=True))  # what has not taken its place
@@ -89,6 +92,8 @@ def write(draft: Draft, target: Path, peers: Peers, *, beside: bool, project_dir
         mine = {f"{TENSORS}/{name}": entry for name, entry in written.items()}
         listed = {name: entry for part in peers.gather(mine) for name, entry in part.items()}
         peers.on_main(lambda: _commit(draft, hidden, target, listed))
+        if lineage is not None and world.is_main:
+            lineage.look(target.parent)
 
 
 @contextlib.contextmanager
