@@ -121,6 +121,34 @@ def leave_mark(name: str) -> bool:
     return True
 
 
+def end_with_the_launcher() -> None:
+    """Kill this process once the one that started it has ended, were it by `kill -9`: nobody else would.
+
+    Else it would train and save on beside the job that takes its place. It is killed and not asked, since a handler
+    would save once more. The launcher ends its processes itself whenever it can.
+    """
+    import threading
+
+    launcher = os.getppid()
+
+    def watch() -> None:
+        import select
+        import signal
+        import time
+
+        try:
+            process = os.pidfd_open(launcher)  # of the process: one by `prctl` would be of the thread that started us
+        except (AttributeError, OSError):  # no Linux, an old one, or gone already
+            while os.getppid() == launcher:
+                time.sleep(1)
+        else:
+            while os.getppid() == launcher:
+                select.select([process], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="launcher's end", daemon=True).start()
+
+
 def write_whole_lines() -> None:
     """Have `print` write a line and its end at once: unbuffered, lines of several processes run into each other."""
     for stream in (sys.stdout, sys.stderr):
@@ -131,7 +159,8 @@ def write_whole_lines() -> None:
 def main() -> None:
     """Become the script: its `sys.argv`, its `sys.path`, its `__main__`."""
     write_whole_lines()
-    leave_mark("pid")
+    if leave_mark("pid"):
+        end_with_the_launcher()
     how, target = sys.argv[1:3]
     del sys.argv[:2]
     folder = os.getcwd() if how == "module" else os.path.dirname(os.path.realpath(target))

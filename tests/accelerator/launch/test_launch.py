@@ -254,6 +254,27 @@ def test_lines_of_two_processes_do_not_run_into_each_other(launch: Launcher) -> 
     assert sorted(lines) == sorted(f"rank {rank} line {line}" for rank in range(2) for line in range(3000))
 
 
+def test_processes_end_with_a_launcher_that_was_killed(launch: Launcher) -> None:
+    launch.script(
+        """
+        import os, signal, sys, time
+
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with open(f"pid-{os.environ['RANK']}.part", "w") as file:
+            file.write(str(os.getpid()))
+        os.rename(file.name, file.name.removesuffix(".part"))
+        while True:
+            time.sleep(0.1)
+        """
+    )
+    process = launch.start("--nproc-per-node", "2", "train.py")
+    files = [launch.folder / f"pid-{rank}" for rank in range(2)]
+    wait_until(lambda: all(file.exists() for file in files), "both processes")
+    process.kill()
+    launch.finish(process)  # which reads what they print until all have ended
+    wait_until(lambda: not any(Path("/proc", file.read_text()).exists() for file in files), "their end")
+
+
 def test_a_restart_after_a_kill_runs_to_the_end(launch: Launcher) -> None:
     launch.script(
         ALL_REDUCE
