@@ -22,7 +22,7 @@ from ..sources import Cursor
 from ..transfer import unrecorded
 from ..tree import num_samples
 from .agreement import Seed
-from .position import Position, describe, describe_stream, read, read_stream
+from .position import Position, describe, describe_stream, is_at_end, read, read_stream
 from .sampling import PlannedSampler, length_now, sampler_for
 from .stream import Stream
 from .view import View, make_view
@@ -320,7 +320,9 @@ class PreparedDataLoader(View):
     def __iter__(self) -> Iterator[Any]:
         """One pass: this rank's part of an epoch, on its device. Not a collective."""
         # DataLoader follows in the view
-        return self._link.iterate(self, super().__iter__)  # type: ignore[arg-type, misc]
+        batches = self._link.iterate(self, super().__iter__)  # type: ignore[arg-type, misc]
+        # A resumed pass without a batch ends at once: `zip` does not ask its second loader once the first has ended.
+        return iter(list(batches)) if is_at_end(self._link._next_begin(), self._link.source) else batches
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank. An estimate for an iterable dataset, from its own length."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import DataError
+from ..sharding import Cut
 from .sampling import PlannedSampler
 from .stream import Stream, StreamPosition
 
@@ -20,6 +21,15 @@ class Position:
     epoch: int = 0
     start: int = 0
     stream: StreamPosition = field(default_factory=StreamPosition)
+
+
+def is_at_end(position: Position, source: PlannedSampler | Stream) -> bool:
+    """Whether a pass that begins there goes on with an epoch of which no batch is left."""
+    if not position.start or isinstance(source, Stream):
+        return False
+    if isinstance(source.cut, Cut):
+        return replace(source.cut, start=position.start).num_batches == 0
+    return position.start >= source.order.length
 
 
 def describe(position: Position, source: PlannedSampler | Stream) -> dict[str, Any]:

@@ -248,3 +248,54 @@ def test_state_that_shares_memory_is_not_read_over_itself(tmp_path: Path) -> Non
     accelerator.load_state(folder)
     for state in optimizer.state.values():
         assert (state["last"].max(), state["highest"].max(), state["none"].max()) == (1.0, 2.0, 0.0)
+
+
+class Lefts(list[int]):
+    pass
+
+
+class Rights(list[int]):
+    pass
+
+
+class Batches(torch.utils.data.BatchSampler):
+    pass
+
+
+def zipped(folder: Path, stop: int | None, batch_sampler: bool, drop_last: bool) -> list[Any]:
+    """The batches of two loaders side by side, each with a random number, up to the stop."""
+    accelerator = Accelerator(CPU(), project_dir=folder, seed=0)
+    net = nn.Linear(1, 1)
+    loaders = [
+        torch.utils.data.DataLoader(
+            data,
+            batch_sampler=Batches(torch.utils.data.RandomSampler(data), 4, drop_last=drop_last),
+        )
+        if batch_sampler
+        else torch.utils.data.DataLoader(data, 4, shuffle=True, drop_last=drop_last)
+        for data in (Lefts(range(10)), Rights(range(10)))
+    ]
+    model, optimizer, left, right = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), *loaders)
+    accelerator.resume()
+    seen: list[Any] = []
+    while left.state_dict()["epoch"] < 2:
+        for x, z in zip(left, right, strict=False):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(torch.ones(1, 1)).sum())
+                optimizer.step()
+            seen.append((x.tolist(), z.tolist(), torch.rand(1).item()))
+            if len(seen) == stop:
+                accelerator.save_state()
+                return seen
+    return seen
+
+
+@pytest.mark.parametrize(("batch_sampler", "drop_last"), [(False, False), (False, True), (True, False)])
+def test_zipped_loaders_go_on_after_the_last_batch_of_an_epoch(
+    tmp_path: Path, batch_sampler: bool, drop_last: bool
+) -> None:
+    options = batch_sampler, drop_last
+    whole = zipped(tmp_path / "whole", None, *options)
+    for stop in range(1, len(whole)):
+        folder = tmp_path / str(stop)
+        assert zipped(folder, stop, *options) + zipped(folder, None, *options) == whole
