@@ -80,7 +80,7 @@ class Checkpoints:
         self.wait()
         target = path if path is not None else self.folder / folders.name_of(self.step)
         beside = path is None or keep.deletes
-        about = {**self._about, "step": self.step, "metrics": _numbers(metrics or {})}
+        about = {**self._about, "step": self.step, "metrics": _numbers(metrics if metrics is not None else {})}
         about |= self._lineage.about(target.absolute().parent)
         draft = saving.collect(self._accumulation, self._registered, about, self._peers)
         verdict = self._watched().judge(keep.healthy_after) if keep.deletes else Verdict()
@@ -214,6 +214,8 @@ def _checked(on_drift: str) -> str:
 
 
 def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(metrics, Mapping):
+        raise StateError(f"metrics is {metrics!r:.80}; expected numbers by name: {{'val_loss': 0.5}}")
     found = {}
     for name, value in metrics.items():
         try:

@@ -48,6 +48,7 @@ class Digested:
         self._file = file
         self._digest = xxhash.xxh3_128()
         self._size = 0
+        self.failure: OSError | None = None  # torch's writer of zip files keeps no reason
 
     @property
     def entry(self) -> FileEntry:
@@ -60,7 +61,11 @@ class Digested:
         for start in range(0, len(view), _BLOCK):
             block = view[start : start + _BLOCK]
             self._digest.update(block)
-            self._file.write(block)
+            try:
+                self._file.write(block)
+            except OSError as error:
+                self.failure = error
+                raise
         self._size += len(view)
         return len(view)
 

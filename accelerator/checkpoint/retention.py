@@ -39,7 +39,7 @@ class Keep:
 
     def __post_init__(self) -> None:
         for name, value in (("last", self.last), ("every", self.every), ("healthy_after", self.healthy_after)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ConfigurationError(f"keep_{name} is {value!r}; expected a number >= 1".replace("keep_h", "h"))
         best = self.best
         if best is not None and (len(best) != 2 or best[1] not in ("min", "max")):

@@ -146,8 +146,19 @@ def _writer(folder: Path) -> Any:
         def written(self) -> dict[str, FileEntry]:
             return {name: file.entry for name, file in self._files.items()}
 
-    writer = FileSystemWriter(folder)
-    writer.fs = Files()
+        def failure(self) -> OSError | None:
+            return next((file.failure for file in self._files.values() if file.failure is not None), None)
+
+    class Writer(FileSystemWriter):
+        def write_data(self, *arguments: Any, **named: Any) -> Any:
+            try:
+                return super().write_data(*arguments, **named)
+            except Exception as error:  # of a full disk torch says "unexpected pos"
+                raise files.failure() or error from error
+
+    files = Files()
+    writer = Writer(folder)
+    writer.fs = files
     return writer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 from torch import nn
 
 from accelerator import Accelerator
-from strategies import CPU, ConfigurationError, StateError
+from rank_pool import RankPool
+from strategies import CPU, DDP, ConfigurationError, StateError
 
 
 def prepared(folder: Path | None = None) -> Accelerator:
@@ -121,3 +124,36 @@ def test_a_url_is_no_place_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(ConfigurationError, match=r"project_dir is .*; expected a folder on a disk"):
             prepared(place)
     assert not list(tmp_path.iterdir())
+
+
+def without_room(folder: str) -> str:
+    """What is said when no file can have more than 1000 bytes."""
+    accelerator = Accelerator(DDP())
+    net = nn.Linear(40, 30)
+    accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StateError) as caught:
+            accelerator.save_state(Path(folder) / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    accelerator.save_state(Path(folder) / "saved")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_the_system_s_reason_is_given_where_a_file_cannot_be_written(
+    ranks: RankPool, tmp_path: Path, nproc: int
+) -> None:
+    for said in ranks(without_room, str(tmp_path), nproc=nproc):
+        assert re.search("writing tensors failed: .*File too large", said), said
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_bad_options(tmp_path: Path) -> None:
+    accelerator = prepared(tmp_path)
+    with pytest.raises(ConfigurationError, match="keep_last is True; expected a number"):
+        accelerator.save_state(keep_last=True)
+    with pytest.raises(StateError, match=r"metrics is \[1\]; expected numbers by name"):
+        accelerator.save_state(metrics=[1])  # type: ignore[arg-type]
