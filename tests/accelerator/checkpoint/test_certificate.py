@@ -66,7 +66,8 @@ def run(
     model, optimizer, loader, evaluation = accelerator.prepare(net, optimizer, loader, evaluation)
     heard = Heard()
     logger = logging.getLogger("accelerator")
-    before, logger.level = logger.level, logging.INFO
+    before = logger.level
+    logger.setLevel(logging.INFO)  # which also forgets what was not logged before
     logger.addHandler(heard)
     try:
         found = accelerator.resume(on_drift=on_drift)
@@ -85,7 +86,7 @@ def run(
         accelerator.end_training()
     finally:
         logger.removeHandler(heard)
-        logger.level = before
+        logger.setLevel(before)
     return [line for line in heard.lines if "first step" in line]
 
 
