@@ -1,7 +1,7 @@
 """What `prepare` hands out: views of the user's model, optimizer, scheduler and dataloader."""
 
 from .alike import Fact
-from .dataloader import DataOptions
+from .options import DataOptions
 from .prepare import prepare
 from .view import View
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -22,6 +21,7 @@ from ..sources import Cursor
 from ..transfer import unrecorded
 from ..tree import num_samples
 from .agreement import Seed
+from .options import DataOptions
 from .position import Position, describe, describe_stream, is_at_end, read, read_stream
 from .sampling import PlannedSampler, length_now, sampler_for
 from .stream import Stream
@@ -29,20 +29,6 @@ from .view import View, make_view
 
 if TYPE_CHECKING:
     from ..accumulation import Accumulation
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """What a script asks of all its loaders.
-
-    `split_batches`: a loader's `batch_size` is that of all ranks together. `dispatch_batches`: rank 0 alone reads
-    iterable datasets, and sends the others their batches. `seed_samples`: the random draws of a sample are functions
-    of seed, epoch and index.
-    """
-
-    split_batches: bool = False
-    dispatch_batches: bool = False
-    seed_samples: bool = False
 
 
 class DataLoaderLink:

@@ -14,9 +14,10 @@ from ..blocks import class_name
 from ..errors import PrepareError
 from .agreement import agreed_seed
 from .alike import Fact, meet_alike
-from .dataloader import DataOptions, prepare_dataloader
+from .dataloader import prepare_dataloader
 from .model import prepare_model
 from .optimizer import prepare_optimizer
+from .options import DataOptions
 from .scheduler import prepare_scheduler
 from .view import View
 

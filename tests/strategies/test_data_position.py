@@ -27,8 +27,9 @@ from rank_pool import RankPool
 from sampled_loaders import LOADERS, flat, on, run
 from strategies import CPU, Precision, World
 from strategies.accumulation import Accumulation
+from strategies.prepared import DataOptions
 from strategies.prepared.agreement import Seed
-from strategies.prepared.dataloader import DataOptions, prepare_dataloader
+from strategies.prepared.dataloader import prepare_dataloader
 from strategies.sharding import permute
 
 
