@@ -296,18 +296,22 @@ def test_a_tensor_weight_that_is_no_count_is_refused(weight: Tensor) -> None:
         accelerator.backward(sample_losses(model, x, y).mean(), weight=weight)
 
 
-def test_both_of_two_zipped_loaders_advance_their_epoch() -> None:
+def test_the_longer_of_two_zipped_loaders_goes_on_where_it_was_left() -> None:
     accelerator = Accelerator("cpu")
     model = make_model()
     labelled, other = (DataLoader(make_data(Case(length=n)), batch_size=2, shuffle=True) for n in (4, 8))
     model, optimizer, labelled, other = accelerator.prepare(model, sgd(model), labelled, other)
-    for epoch in range(2):
-        for (x, y, _), _ in zip(labelled, other, strict=False):
+    epochs, taken = [], []
+    for _ in range(4):
+        for (x, y, _), (_, target, _) in zip(labelled, other, strict=False):
             with accelerator.accumulate(model, loader=labelled):
                 accelerator.backward(sample_losses(model, x, y).mean())
                 optimizer.step()
                 optimizer.zero_grad()
-        assert (labelled.epoch, other.epoch) == (epoch, epoch)
+            taken += target.flatten().tolist()
+        epochs.append((labelled.epoch, other.epoch))
+    assert epochs == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert sorted(taken[:8]) == sorted(taken[8:]) == sorted(set(taken))
 
 
 def test_a_dataset_that_grew_is_named() -> None:

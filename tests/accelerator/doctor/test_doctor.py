@@ -122,7 +122,7 @@ def test_every_public_collective_is_tried() -> None:
         for name, value in vars(collectives).items()
         if not name.startswith("_") and getattr(value, "__module__", "") == collectives.__name__
     }
-    assert {probe.name for probe in probes(World())} == public
+    assert {probe.name for probe in probes(World())} == public - {"digest_of"}  # which sends nothing
 
 
 def examine_on_a_rank(strategy: str) -> dict[str, object]:
