@@ -6,7 +6,7 @@ JSON has no tuples, no keys but text and no tensors: each of these becomes an ob
 from __future__ import annotations
 
 import base64
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -47,12 +47,12 @@ def _encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if type(tree) in (tuple, set, frozenset):
         items = [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(tree)]
         return {_TAG: type(tree).__name__, "items": items}
-    if type(tree) in (dict, OrderedDict):
-        plain = all(type(key) is str for key in tree) and _TAG not in tree
+    if type(tree) in (dict, OrderedDict, Counter):
+        plain = type(tree) is not Counter and all(type(key) is str for key in tree) and _TAG not in tree
         if plain:
             return {key: _encode(value, f"{path}/{key}", tensors) for key, value in tree.items()}
         pairs = [[_encode(k, path, tensors), _encode(v, f"{path}/{k}", tensors)] for k, v in tree.items()]
-        return {_TAG: "dict", "pairs": pairs}
+        return {_TAG: "counter" if type(tree) is Counter else "dict", "pairs": pairs}
     kind = f"{type(tree).__module__}.{type(tree).__qualname__}"
     hints: dict[Any, str] = {
         Enum: "Save its .value",
@@ -101,8 +101,9 @@ def decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         if kind in ("tuple", "set", "frozenset"):
             cls: Any = {"tuple": tuple, "set": set, "frozenset": frozenset}[kind]
             return cls(decode(item, tensors) for item in tree["items"])
-        if kind == "dict":
-            return {decode(key, tensors): decode(value, tensors) for key, value in tree["pairs"]}
+        if kind in ("dict", "counter"):
+            items = {decode(key, tensors): decode(value, tensors) for key, value in tree["pairs"]}
+            return items if kind == "dict" else Counter(items)
     except (KeyError, ValueError, TypeError) as error:
         raise StateError(f"the checkpoint holds a {kind!r} that cannot be read: {error!r}") from error
     raise StateError(f"the checkpoint holds a value of the unknown kind {kind!r}")
