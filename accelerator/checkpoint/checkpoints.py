@@ -81,7 +81,7 @@ class Checkpoints:
         target = path if path is not None else self.folder / folders.name_of(self.step)
         beside = path is None or keep.deletes
         about = {**self._about, "step": self.step, "metrics": _numbers(metrics if metrics is not None else {})}
-        about |= self._lineage.about(target.absolute().parent)
+        about |= self._lineage.about()
         draft = saving.collect(self._accumulation, self._registered, about, self._peers)
         verdict = self._watched().judge(keep.healthy_after) if keep.deletes else Verdict()
         awaited = self._certificates.saved(target.absolute())
@@ -155,7 +155,7 @@ class Checkpoints:
         loading.load(path, manifest, self._accumulation, self._registered, self._peers)
         self._certificates.loaded(path, manifest, on_drift, name)
         self._loaded = name
-        self._lineage.loaded(path, manifest)
+        self._lineage.loaded(manifest)
         self._timetable.loaded(self.step)
         if self._health is not None:
             self._health.loaded(name)

@@ -126,10 +126,10 @@ def delete(newest: Path, keep: Keep, verdict: Verdict) -> None:
     """Delete beside `newest` what `keep` does not name, and note which are good. One rank calls it.
 
     The oldest one of which it is not known yet stays, too, so that one is known in the end, however few are kept. Only
-    checkpoints of the same lineage that look whole are counted, and only those are deleted.
+    checkpoints that look whole, of this run and those that it went on from, are counted, and only those are deleted.
     """
     parent = newest.parent
-    lineage = folders.read_manifest(newest).get("lineage")
+    runs = folders.read_manifest(newest).get("lineage", [])
     whole: list[tuple[Path, int, Any]] = []
     for path in folders.newest_first(parent):
         with_manifest = _manifest_if_whole(path)
@@ -137,7 +137,7 @@ def delete(newest: Path, keep: Keep, verdict: Verdict) -> None:
             whole.append((path, folders.step_of(path) or 0, with_manifest))
     digests = {path.name: folders.digest_of(body) for path, _, body in whole}
     known = _note_good(parent, verdict.good - {newest.name}, digests)  # what had its name before was judged
-    whole = [one for one in whole if one[2].get("lineage") == lineage]
+    whole = [one for one in whole if one[2].get("run") in runs]
     kept = {path for path, _, _ in whole[: keep.last or 1]}
     kept |= {path for path, step, _ in whole if keep.every is not None and step % keep.every == 0}
     kept |= set([path for path, _, _ in whole if path.name in known][:1])
