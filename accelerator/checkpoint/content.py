@@ -122,7 +122,7 @@ class Content:
         for kind in ("models", "optimizers", "schedulers", "loaders", "registered"):
             wrong += _differing(kind, state[kind], getattr(self, kind))
         for name in self.models.keys() & state["models"].keys():
-            wrong += self._check_model(name, index)
+            wrong += self._check_model(name, state["models"][name]["extra"], index)
         for name in self.optimizers.keys() & state["optimizers"].keys():
             saved = [set(group["parameters"]) for group in state["optimizers"][name]["groups"]]
             names = self._parameter_names(self.optimizers[name])
@@ -136,7 +136,7 @@ class Content:
             wrong += self._check_values(state, index)
         wrong += [f"{name}: named but not there" for name in names_of_tensors(dict(state)) if name not in index]
         if wrong:
-            raise StateError("the checkpoint is of another run, and nothing was loaded. " + "; ".join(wrong))
+            raise StateError("the checkpoint cannot be loaded here, and nothing was loaded. " + "; ".join(wrong))
 
     def _check_values(self, state: Mapping[str, Any], index: Index) -> list[str]:
         """Read everything as `apply` will, but without tensors, and change nothing."""
@@ -161,16 +161,27 @@ class Content:
         wrong += [f"{name}: a window of it, but no such model" for name in sorted(joined - self.models.keys())]
         return wrong
 
-    def _check_model(self, name: str, index: Index) -> list[str]:
+    def _check_model(self, name: str, extra: Mapping[str, Any], index: Index) -> list[str]:
         prefix = f"model/{name}/"
-        saved = {key.removeprefix(prefix): shape for key, (shape, _) in index.items() if key.startswith(prefix)}
+        within = {
+            inner for key, value in extra.items() for inner in names_of_tensors(value) if inner != f"{prefix}{key}"
+        }
+        saved = {
+            key.removeprefix(prefix): shape
+            for key, (shape, _) in index.items()
+            if key.startswith(prefix) and key not in within
+        }
         here: dict[str, torch.Size] = {}
         seen: set[int] = set()
-        for key, value in self.models[name].original.state_dict(keep_vars=True).items():
+        values = self.models[name].original.state_dict(keep_vars=True)
+        for key, value in values.items():
             if isinstance(value, Tensor) and id(value) not in seen:
                 seen.add(id(value))
                 here[key] = value.shape
-        wrong = _differing(f"tensors of {name}", saved, here)
+        live = _live(self.models[name].original)
+        free = {key for key in extra.keys() & values.keys() if id(values[key]) not in live}  # a tensor or not, as it is
+        kept, expected = ({key: one[key] for key in one.keys() - free} for one in (saved, here))
+        wrong = _differing(f"tensors of {name}", kept, expected)
         own = _names_of_weights(self.models[name].original)  # what a module adds to these may change its shape
         reshaped = [key for key in saved.keys() & here.keys() & own if saved[key] != here[key]]
         if reshaped:

@@ -82,6 +82,30 @@ def test_it_comes_back(ranks: RankPool, tmp_path: Path, strategy: Any, nproc: in
     assert ranks(save_and_load, strategy, str(tmp_path), nproc=nproc) == [([1.0, 2.0], 5.0, 9.0, 3.0)] * nproc
 
 
+class Nested(Extra):
+    """Keeps its tensor in a dict, or nothing yet."""
+
+    def get_extra_state(self) -> Any:
+        return {"seen": {"a": self.seen, "weight": torch.ones(3)}, "n": 1} if len(self.seen) else None
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state["seen"]["a"] if state is not None else torch.zeros(0)
+
+
+@pytest.mark.parametrize("model", [Nested, Extra])
+@pytest.mark.parametrize("length", [0, 2])
+def test_tensors_may_be_anywhere_in_what_a_module_adds(tmp_path: Path, model: Any, length: int) -> None:
+    first, second = (Accelerator(CPU(), project_dir=tmp_path) for _ in range(2))
+    first.prepare(model()).seen = torch.arange(float(length))
+    first.save_state()
+    for before in (0, 3):
+        loaded = second.prepare(model())
+        loaded.seen = torch.ones(before)
+        second.load_state()
+        assert loaded.seen.tolist() == list(range(length))
+        second = Accelerator(CPU(), project_dir=tmp_path)
+
+
 class OnlyOut(nn.Linear):
     """Saves what it does not load."""
 
