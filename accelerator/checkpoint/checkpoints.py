@@ -82,6 +82,8 @@ class Checkpoints:
         beside = path is None or keep.deletes
         about = {**self._about, "step": self.step, "metrics": _numbers(metrics if metrics is not None else {})}
         about |= self._lineage.about()
+        if in_background:  # it is refused by this call, and not by the next one
+            self._peers.on_main(lambda: folders.refuse_loss(target.absolute(), self._project_dir))
         draft = saving.collect(self._accumulation, self._registered, about, self._peers)
         verdict = self._watched().judge(keep.healthy_after) if keep.deletes else Verdict()
         awaited = self._certificates.saved(target.absolute())

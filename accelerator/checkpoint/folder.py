@@ -7,6 +7,7 @@ place. A folder without a manifest that fits is no checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -182,22 +183,34 @@ def refuse_loss(target: Path, project_dir: Path | None) -> None:
         )
     if not target.exists():
         return
-    inside = [Path.cwd(), *([project_dir.resolve()] if project_dir is not None else [])]
+    inside = [project_dir.resolve()] if project_dir is not None else []
+    with contextlib.suppress(FileNotFoundError):  # it was deleted
+        inside.append(Path.cwd())
     for path in inside:
         if path.is_relative_to(target.resolve()):
             raise StateError(f"{str(target)!r} holds {str(path)!r}, which a checkpoint would replace. {_ELSEWHERE}")
+    is_one, foreign = foreign_in(target)
+    if foreign and is_one:
+        raise StateError(
+            f"{str(target)!r} is a checkpoint, and {listed(foreign[:5])} in it would be deleted. Move it first, or "
+            "save elsewhere."
+        )
+    if foreign:
+        raise StateError(
+            f"{str(target)!r} is no checkpoint, or holds more than one: {listed(foreign[:5])}. Saving there would "
+            f"delete it. {_ELSEWHERE}"
+        )
+
+
+def foreign_in(target: Path) -> tuple[bool, list[str]]:
+    """Whether a folder is a checkpoint by its manifest, and the files in it that no checkpoint has put there."""
     found = [path for path in target.rglob("*") if path.is_symlink() or not path.is_dir()]
     names = {path.relative_to(target).as_posix() for path in found}
     try:
-        known = {*read_manifest(target)["files"], *_BESIDE}
-    except StateError:  # a broken one is known by its name and those of its files
-        known = {name for name in names if step_of(target) is not None and _OF_A_CHECKPOINT.fullmatch(name)}
-    foreign = names - known
-    if foreign:
-        raise StateError(
-            f"{str(target)!r} is no checkpoint, or holds more than one: {listed(sorted(foreign)[:5])}. Saving there "
-            f"would delete it. {_ELSEWHERE}"
-        )
+        return True, sorted(names - {*read_manifest(target)["files"], *_BESIDE})
+    except StateError:  # a broken one is known by its name, or those of its files
+        is_broken = step_of(target) is not None or {"state.json", "tensors/.metadata"} <= names
+        return False, sorted(name for name in names if not (is_broken and _OF_A_CHECKPOINT.fullmatch(name)))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

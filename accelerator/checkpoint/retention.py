@@ -127,6 +127,7 @@ def delete(newest: Path, keep: Keep, verdict: Verdict) -> None:
 
     The oldest one of which it is not known yet stays, too, so that one is known in the end, however few are kept. Only
     checkpoints that look whole, of this run and those that it went on from, are counted, and only those are deleted.
+    One that holds a file of the user's stays.
     """
     parent = newest.parent
     runs = folders.read_manifest(newest).get("lineage", [])
@@ -148,7 +149,7 @@ def delete(newest: Path, keep: Keep, verdict: Verdict) -> None:
         if measured:
             kept.add((min if way == "min" else max)(measured, key=lambda pair: pair[0])[1])
     for path, _, _ in reversed(whole):
-        if path not in kept:
+        if path not in kept and not folders.foreign_in(path)[1]:
             folders.remove(path)
 
 

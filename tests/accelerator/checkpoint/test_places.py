@@ -57,6 +57,12 @@ def with_a_file_of_ones_own(folder: Path) -> Path:
     return target
 
 
+def tensors_of_ones_own(folder: Path) -> Path:
+    (folder / "mine" / "tensors").mkdir(parents=True)
+    (folder / "mine" / "tensors" / ".metadata").write_bytes(b"index")
+    return folder / "mine"
+
+
 def named_like_a_step(folder: Path) -> Path:
     target = results(folder).with_name("step-000000000")
     return (folder / "output").rename(target)
@@ -72,18 +78,20 @@ TAKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "link": (linked, "is a link"),
     "file": (plain_file, "is a file"),
     "manifest of something else": (web_site, r"is no checkpoint, or holds more than one: manifest\.json"),
-    "checkpoint and more": (with_a_file_of_ones_own, r"holds more than one: notes\.txt"),
+    "checkpoint and more": (with_a_file_of_ones_own, r"is a checkpoint, and notes\.txt in it would be deleted"),
+    "tensors": (tensors_of_ones_own, r"is no checkpoint, or holds more than one: tensors/\.metadata"),
     "named like a step": (named_like_a_step, "is no checkpoint, or holds more than one: best/model.bin"),
 }
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("case", list(TAKEN))
-def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path, case: str) -> None:
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path, case: str, in_background: bool) -> None:
     make, reason = TAKEN[case]
     target = make(tmp_path)
     before = all_files(tmp_path)
     with pytest.raises(StateError, match=reason):
-        prepared().save_state(target)
+        prepared().save_state(target, async_=in_background)
     assert all_files(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({Path(name).relative_to(tmp_path).parts[0]
         for name in before} | {target.name})  # fmt: skip
@@ -112,6 +120,23 @@ def test_a_broken_one_of_the_same_step_is_replaced(tmp_path: Path, damage: str) 
     accelerator = prepared(tmp_path)
     (accelerator.save_state() / damage).unlink()
     accelerator.load_state(accelerator.save_state())
+
+
+@pytest.mark.parametrize("damage", ["", "{}", None])
+def test_one_with_a_broken_manifest_is_replaced_under_any_name(tmp_path: Path, damage: str | None) -> None:
+    accelerator = prepared()
+    saved = accelerator.save_state(tmp_path / "out")
+    (saved / "manifest.json").write_text(damage) if damage is not None else (saved / "manifest.json").unlink()
+    accelerator.load_state(accelerator.save_state(saved))
+
+
+def test_the_working_directory_may_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    accelerator = prepared()
+    saved = accelerator.save_state(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "work").rmdir()
+    accelerator.load_state(accelerator.save_state(saved))
 
 
 def test_a_url_is_no_place_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,13 @@ def test_the_last_and_every_so_many_stay(tmp_path: Path) -> None:
     assert Run(tmp_path / "c").steps([1.0] * 3) == [1, 2, 3]
 
 
+def test_one_with_a_file_of_the_user_s_stays(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.steps([1.0])
+    (run.folder / "step-000000001" / "notes.txt").write_text("the good one")
+    assert run.steps([1.0] * 3, keep_last=1, healthy_after=1) == [1, 3, 4]
+
+
 def test_the_best_stays(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for value in (0.5, 0.2, float("nan"), 0.3, torch.tensor(0.4)):
