@@ -17,6 +17,7 @@ from .flags import Request
 from .plan import Plan, cores_here, make_plan
 from .preemption import handing_on, requeue_code
 from .report import explain_failures
+from .worker import LAUNCHER
 
 WATCHED = "torch.distributed.elastic.multiprocessing.api"
 NOISY = (
@@ -103,7 +104,7 @@ def run(plan: Plan) -> int:
 def _agent_environment(plan: Plan) -> Iterator[None]:
     """The agent takes these from its own environment only, and so do the processes it starts."""
     before = dict(os.environ)
-    os.environ.update(plan.environment)
+    os.environ.update({**plan.environment, LAUNCHER: str(os.getpid())})
     try:
         yield
     finally:

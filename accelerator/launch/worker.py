@@ -19,6 +19,7 @@ import os
 import types
 
 REQUEUE = 75  # a script that saved because it is to end, and asks to be started again later (EX_TEMPFAIL)
+LAUNCHER = "ACCELERATOR_LAUNCHER_PID"  # who starts this process, and may have ended before its first line
 
 # What torch says in a RuntimeError when the other end of a connection died.
 PEER_LOST = (
@@ -129,7 +130,7 @@ def end_with_the_launcher() -> None:
     """
     import threading
 
-    launcher = os.getppid()
+    launcher = int(os.environ.pop(LAUNCHER, os.getppid()))
 
     def watch() -> None:
         import select

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from accelerator.launch import worker
 from accelerator.launch.report import Failure
 from accelerator.launch.worker import is_follow_up, record
 from strategies.errors import PeerLostError
@@ -58,3 +62,24 @@ def test_causes_come_before_consequences() -> None:
     assert sorted([ended, lost, later, raised], key=lambda one: one.order) == [raised, later, lost, ended]
     assert sorted([ended, lost], key=lambda one: one.order) == [lost, ended]  # the cause is on another node
     assert [one.ending for one in (raised, ended)] == ["exit code 1, Error: no", "killed by SIGTERM"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_process_does_not_outlive_a_launcher_that_ended_before_its_first_line(tmp_path: Path, is_there: bool) -> None:
+    (tmp_path / "t.py").write_text(
+        f"import os, time; time.sleep(1); print('trained', '{worker.LAUNCHER}' in os.environ)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", ""])
+    launcher.wait()
+    variables = {
+        "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json"),
+        worker.LAUNCHER: str(os.getpid() if is_there else launcher.pid),
+    }
+    done = subprocess.run(
+        [sys.executable, worker.__file__, "script", str(tmp_path / "t.py")],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == ((0, "trained False\n") if is_there else (-signal.SIGKILL, ""))
