@@ -167,13 +167,21 @@ def check_target(request: Request, directory: Path) -> None:
     for part in request.target.split("."):
         found = importlib.machinery.PathFinder.find_spec(part, within) if within is not None else None
         if found is None and part == request.target.partition(".")[0]:
-            found = importlib.util.find_spec(part)  # by the finders of packages that were installed to be edited, too
+            found = _found_by_any(part)
         if found is None:
             raise LaunchError(
                 f"module is {request.target!r}, and {part!r} is not found; expected the name of a module that is "
                 f"installed or lies under {directory}."
             )
         within = found.submodule_search_locations
+
+
+def _found_by_any(name: str) -> importlib.machinery.ModuleSpec | None:
+    """What the finders of packages that were installed to be edited know, too."""
+    try:
+        return importlib.util.find_spec(name)
+    except (ValueError, ImportError):  # a name without a module of its own, such as __main__
+        return None
 
 
 def cores_here() -> int:

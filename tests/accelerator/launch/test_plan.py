@@ -104,6 +104,12 @@ def test_a_module_that_only_a_finder_knows_is_found(folder: Path, monkeypatch: p
         plan(folder, "-m", "mapped.gone")
 
 
+def test_a_name_without_a_module_of_its_own_is_not_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as of a script
+    with pytest.raises(LaunchError, match="'__main__' is not found"):
+        plan(folder, "-m", "__main__")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -120,6 +126,7 @@ def test_a_module_that_only_a_finder_knows_is_found(folder: Path, monkeypatch: p
         (["gone.py"], "script is 'gone.py', and "),
         (["pkg"], "script is 'pkg', a folder without a __main__.py; expected the path"),
         (["-m", "pkg.gone"], "module is 'pkg.gone', and 'gone' is not found; expected the name of a module that is "),
+        (["-m", ".train"], "module is '.train', and '' is not found; expected the name of a module that is installed "),
         (["-m", "gone.train"], "module is 'gone.train', and 'gone' is not found; expected the name of a module that "),
         (
             ["--rdzv-backend", "static", "--max-restarts", "1", "t.py"],
