@@ -47,7 +47,9 @@ class Ledger(Observer):
         self._cursors: dict[int, Cursor] = {}  # the pass that each loader is in
 
     def batch_taken(self, cursor: Cursor, batch: object) -> None:
-        """Note the samples of the batch that the loop gets."""
+        """Note the samples of the batch that the loop gets. An evaluation inside an epoch is none of its account."""
+        if cursor.is_look:
+            return
         view: Any = cursor.loader
         link = view._link
         number = self._accumulation.loaders.index(link)

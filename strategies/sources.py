@@ -42,6 +42,7 @@ class Cursor:
         "had_ghosts",
         "index",
         "is_last",
+        "is_look",
         "is_open",
         "is_planned",
         "last_trained",
@@ -77,6 +78,7 @@ class Cursor:
         self.index = -1
         self.is_last = False
         self.is_open = False
+        self.is_look = False  # an evaluation, in the middle of an epoch of training
         self._num_full = cut.num_full if isinstance(cut, Cut) and self.is_planned else 0
         self.samples_seen = cut.local_samples(0, world.rank) if cut is not None and self._num_full else 0
         self.sizes: tuple[int, ...] | None = None
@@ -125,7 +127,7 @@ class Cursor:
     @property
     def counts(self) -> bool:
         """Whether this pass was an epoch, or a part of one, and not only a look at the data."""
-        return self.finished or self.num_trained > 0
+        return not self.is_look and (self.finished or self.num_trained > 0)
 
     @property
     def is_uneven(self) -> bool:

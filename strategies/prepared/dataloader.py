@@ -35,7 +35,8 @@ class DataLoaderLink:
     """What a prepared dataloader knows: its cut of the data, and where in it the loop stands.
 
     A pass that ran to its end was an epoch, and the next one is of the next epoch. One that was left after training
-    goes on with the next. Looking at a batch, on one rank or on all, leaves the next pass as it was.
+    goes on with the next. A look, at a batch on any ranks or under `no_grad` at a whole epoch that training has left
+    in the middle, leaves the next pass as it was.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class DataLoaderLink:
         """The position after the batches that the loop has taken. Collective for a stream on several ranks."""
         source, last = self.source, self._last
         # Without a model nobody can tell a use from a look: what was taken counts.
-        inside = last is not None and last.index >= 0 and not last.finished
+        inside = last is not None and last.index >= 0 and not last.finished and not last.is_look
         if last is None or not inside or not (last.is_open or not self.accumulation.models):
             return describe(self._next_begin(), source)
         if isinstance(source, Stream):
@@ -86,7 +87,7 @@ class DataLoaderLink:
         if self._last is not None and self._last.is_open:
             raise DataError("drop_rest was called inside a loop over the loader. Leave the loop by `break` before.")
         begin = self._next_begin()
-        if begin.start == 0 and not begin.stream.is_begun:
+        if not begin.is_begun:
             return
         if not isinstance(self.source, Stream):
             self.source.order.begin(begin.epoch)  # a loaded state of a sampler is that before this epoch
@@ -115,6 +116,8 @@ class DataLoaderLink:
         accumulation, source = self.accumulation, self.source
         sources, world, observers = accumulation.sources, accumulation.world, accumulation.observers
         begin = self._begin = self._next_begin()
+        if begin.is_left and not torch.is_grad_enabled():
+            begin = Position(begin.epoch)
         cut, seed, digest = None, self._seed.value, 0
         if isinstance(source, Stream):
             source.begin(begin.epoch, begin.stream, view)
@@ -124,6 +127,7 @@ class DataLoaderLink:
         cursor = self._last = Cursor(
             view, cut, world, epoch=begin.epoch, seed=seed, digest=digest, global_batch=self.global_batch_size
         )
+        cursor.is_look = begin is not self._begin
         sources.open(cursor)
         cursor.is_open = True
         num_forward = accumulation.num_forward
@@ -210,9 +214,9 @@ class DataLoaderLink:
         if last.is_over:
             return Position(last.epoch + 1)
         if isinstance(self.source, Stream):
-            return Position(last.epoch, stream=self.source.place(used=last.used > last.index))
+            return Position(last.epoch, stream=self.source.place(used=last.used > last.index), is_left=True)
         assert last.cut is not None
-        return Position(last.epoch, last.cut.position_after(last.used - 1) if last.used else last.cut.start)
+        return Position(last.epoch, last.cut.position_after(last.used - 1), is_left=True)
 
     def _of_unknown_sizes(self, batches: Iterator[Any], cursor: Cursor) -> Iterator[Any]:
         """Batches of a planned number, whose sizes only they themselves know."""

@@ -21,6 +21,12 @@ class Position:
     epoch: int = 0
     start: int = 0
     stream: StreamPosition = field(default_factory=StreamPosition)
+    is_left: bool = False  # by a loop that was trained in, in this process
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything of the epoch was used before."""
+        return self.start > 0 or self.stream.is_begun
 
 
 def is_at_end(position: Position, source: PlannedSampler | Stream) -> bool:

@@ -138,3 +138,16 @@ def test_a_loop_left_by_break_and_entered_again_adds_up(tmp_path: Path) -> None:
                 accelerator.backward(model(batch.float().reshape(-1, 1)).mean())
     (one,) = account(tmp_path)
     assert (one.samples, one.different, one.undone, one.resumed, one.is_whole) == (11, 11, 4, 2, True)
+
+
+def test_an_evaluation_inside_an_epoch_is_none_of_its_account(tmp_path: Path) -> None:
+    accelerator = Accelerator(strategy="cpu", data_ledger=True, project_dir=tmp_path)
+    model, loader = accelerator.prepare(torch.nn.Linear(1, 1), DataLoader(Numbers(10), batch_size=2))
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(batch.float().reshape(-1, 1)).mean())
+        break
+    with torch.no_grad():
+        list(loader)
+    (one,) = account(tmp_path)
+    assert (one.samples, one.undone) == (2, 0)

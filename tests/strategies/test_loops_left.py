@@ -179,6 +179,24 @@ def test_a_look_leaves_everything_as_it_was(kind: str) -> None:
     assert run.some(99) == Run(kind).some(99)
 
 
+@pytest.mark.parametrize("kind", ["shuffled", "own", "items", "stateful", "stream"])
+def test_an_evaluation_in_the_middle_of_an_epoch_sees_all_of_it(kind: str) -> None:
+    run, whole = Run(kind), Run(kind).some(99)
+    taken, state = run.some(2), run.loader.state_dict()
+    for leaves in (False, True, False):  # gone through to its end, and left itself
+        seen = []
+        with torch.no_grad():
+            for batch in run.loader:
+                seen.append(batch.reshape(-1).tolist())
+                assert run.loader.state_dict() == state
+                if leaves:
+                    break
+        assert flat(seen) == (whole[: len(flat(seen))] if leaves else whole)
+        next(iter(run.loader))  # a look with gradients changes nothing either
+    assert run.loader.state_dict() == state
+    assert taken + run.some(99) == whole
+
+
 def trained(stops: list[int]) -> list[float]:
     accelerator = Accelerator(strategy="auto", seed=3, gradient_accumulation_steps=4)
     torch.manual_seed(0)
