@@ -162,11 +162,11 @@ class Cursor:
         """Whether nothing of its epoch is left to use."""
         return self.finished or (self.is_last and self.used > self.index)
 
-    def goes_on_from(self, other: Cursor) -> bool:
-        """Whether the batch in hand is the one that comes after that of `other`, a pass that was left."""
+    def goes_on_from(self, other: Cursor, index: int) -> bool:
+        """Whether the batch in hand is what batch `index` of `other`, a pass that was left, would have been."""
         if self.cut is None or other.cut is None or self.index != 0 or self.loader is not other.loader:
             return False
-        return self.epoch == other.epoch and self.cut.start == other.cut.position_after(other.index)
+        return self.epoch == other.epoch and self.cut.start == other.cut.position_after(index - 1)
 
     def agrees_with(self, other: Cursor) -> bool:
         """Whether both describe the same sizes from here to the end, so that either may weigh the window."""

@@ -79,10 +79,8 @@ class Window:
             self._begin(cursor, accumulation.steps_for(cursor))
         elif self._restored:
             self._go_on(cursor)
-        elif cursor is not None and self._cursor is not None and cursor.goes_on_from(self._cursor):
-            self._first_index = -self.count  # the loop was left by `break`, and entered again
         elif cursor is not self._cursor or (cursor is not None and cursor.index != self._first_index + self.count):
-            self.weighting.leave_plan()  # a skipped batch, a part of one, another loader
+            self._leave_plan_unless_left(cursor)
         self._cursor = cursor
         self.num_backward = 0
         self.closing = self.count + 1 >= self.steps or (cursor is not None and cursor.is_last)
@@ -202,6 +200,14 @@ class Window:
         self.weighting.go_on(cursor, self.steps - self.count)
         self._expected = None
         self._first_index = -1 if cursor is None else cursor.index - self.count
+
+    def _leave_plan_unless_left(self, cursor: Cursor | None) -> None:
+        """Take a batch that is not the next one of the pass at hand."""
+        last = self._cursor
+        if cursor is not None and last is not None and cursor.goes_on_from(last, self._first_index + self.count):
+            self._first_index = -self.count  # the loop was left by `break`, and entered again
+        else:
+            self.weighting.leave_plan()  # a skipped batch, a part of one, another loader
 
     def _link(self, cursor: Cursor) -> DataLoaderLink | None:
         of_loader = getattr(cursor.loader, "_link", None)

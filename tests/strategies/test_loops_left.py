@@ -221,6 +221,22 @@ def test_a_window_goes_on_over_a_break(ranks: RankPool, world: int) -> None:
     assert ranks(trained, [3, 5, 99], nproc=world) == ranks(trained, [99], nproc=world)
 
 
+@pytest.mark.parametrize("leaves_before", [False, True])
+def test_such_a_window_keeps_its_plan(leaves_before: bool) -> None:
+    """It weighs what it was to weigh: ranks need not add it up again, whether the batch in hand was trained on or not."""
+    accelerator = Accelerator(strategy="cpu", gradient_accumulation_steps=4)
+    model, loader = accelerator.prepare(nn.Linear(1, 1), DataLoader(Numbers(22), 2))
+    for stop in (2, 3, 99):
+        for index, batch in enumerate(loader):
+            if leaves_before and index == stop:
+                break
+            with accelerator.accumulate(model) as window:
+                accelerator.backward(model(batch.float().reshape(-1, 1)).mean())
+                assert not window.weighting.state_dict()["deferred"]
+            if not leaves_before and index + 1 == stop:
+                break
+
+
 def two_passes(how: str, kind: str) -> None:
     loader = Run(kind).loader
     if how == "zip":
