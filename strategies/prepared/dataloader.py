@@ -84,9 +84,10 @@ class DataLoaderLink:
 
     def drop_rest(self) -> None:
         """Begin the next pass with the next epoch, if one was left in the middle."""
-        if self._last is not None and self._last.is_open:
-            raise DataError("drop_rest was called inside a loop over the loader. Leave the loop by `break` before.")
         begin = self._next_begin()
+        if self._last is not None and self._last.is_open:  # of an iterator that is kept; going on with it raises
+            self.accumulation.sources.close(self._last)
+            self._last.is_open, self._begin, self._last = False, begin, None
         if not begin.is_begun:
             return
         if not isinstance(self.source, Stream):
@@ -238,8 +239,8 @@ class DataLoaderLink:
     def _refuse_two(self) -> NoReturn:
         raise DataError(
             f"a pass over the loader over {type(self.original.dataset).__name__} went on after another one had begun: "
-            "two loops over one loader, zip(loader, loader), or an iterator kept from before. A loader stands at one "
-            "place: prepare a second DataLoader for the other loop."
+            "two loops over one loader, zip(loader, loader), or an iterator kept from before, also from before "
+            "drop_rest(). A loader stands at one place: prepare a second DataLoader for the other loop."
         )
 
     def _check_length(self, sampler: PlannedSampler) -> None:
@@ -357,7 +358,8 @@ class PreparedDataLoader(View):
         """Leave out what a loop that was left by `break`, or by a shorter loader in `zip`, has not taken.
 
         The next pass is then of the next epoch, instead of going on where that one was left. Does nothing at the
-        beginning of an epoch. Every rank calls it.
+        beginning of an epoch. An iterator that is still held ends there: going on with it raises `DataError`. Every
+        rank calls it.
         """
         self._link.drop_rest()
 

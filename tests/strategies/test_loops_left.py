@@ -151,11 +151,28 @@ def test_the_rest_of_a_loaded_epoch_may_be_dropped() -> None:
     assert resumed.some(99) == epochs[1]
 
 
-def test_nothing_is_dropped_inside_a_loop() -> None:
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_loop_does_not_go_on_after_the_rest_was_dropped(trains: bool) -> None:
     run = Run("shuffled")
-    for _ in run.loader:
-        with pytest.raises(DataError, match="drop_rest was called inside a loop"):
+    with pytest.raises(DataError, match=r"from before drop_rest\(\)"):
+        for batch in run.loader:
+            if trains:
+                run.train(batch)
             run.loader.drop_rest()
+    assert run.loader.epoch == trains
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "own", "stateful", "stream"])
+def test_the_rest_may_be_dropped_while_an_iterator_is_held(kind: str) -> None:
+    whole, run = Run(kind), Run(kind)
+    epochs = [whole.some(99) for _ in range(2)]
+    held = iter(run.loader)
+    taken = [run.train(next(held)) for _ in range(2)]
+    run.loader.drop_rest()
+    assert flat(taken) == epochs[0][: len(flat(taken))]
+    assert run.some(99) == epochs[1]
+    with pytest.raises(DataError, match="went on after another one had begun"):
+        next(held)
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "stateful", "stream"])
