@@ -116,9 +116,8 @@ class DataLoaderLink:
         """One pass over this rank's batches, keeping the loop's position for the weights of its windows."""
         accumulation, source = self.accumulation, self.source
         sources, world, observers = accumulation.sources, accumulation.world, accumulation.observers
-        begin = self._begin = self._next_begin()
-        if begin.is_left and not torch.is_grad_enabled():
-            begin = Position(begin.epoch)
+        self._begin = self._next_begin()
+        begin = self._begin.entered(trains=torch.is_grad_enabled())
         cut, seed, digest = None, self._seed.value, 0
         if isinstance(source, Stream):
             source.begin(begin.epoch, begin.stream, view)

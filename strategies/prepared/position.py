@@ -28,6 +28,10 @@ class Position:
         """Whether anything of the epoch was used before."""
         return self.start > 0 or self.stream.is_begun
 
+    def entered(self, *, trains: bool) -> Position:
+        """Where the next pass begins: for an evaluation after training was left, with the first of the epoch."""
+        return Position(self.epoch) if self.is_left and not trains else self
+
 
 def is_at_end(position: Position, source: PlannedSampler | Stream) -> bool:
     """Whether a pass that begins there goes on with an epoch of which no batch is left."""
