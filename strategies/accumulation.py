@@ -88,11 +88,6 @@ class Accumulation:
         return [] if self.trains_alone else [optimizer.num_steps for optimizer in self.optimizers]
 
     @property
-    def num_forward(self) -> int:
-        """Forward calls of all models, with gradients and without."""
-        return sum(model.num_forward + model.num_past for model in self.models)
-
-    @property
     def trains_alone(self) -> bool:
         """Whether each rank steps by its own samples only, so that ranks hold different weights."""
         return self.step_world is not self.world

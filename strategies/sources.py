@@ -47,7 +47,6 @@ class Cursor:
         "is_planned",
         "last_trained",
         "mean_samples",
-        "num_forward",
         "num_trained",
         "rank",
         "samples_seen",
@@ -86,7 +85,6 @@ class Cursor:
         self.had_ghosts = cut is not None and cut.has_ghosts
         self.grad_enabled = False
         self.num_trained = 0
-        self.num_forward = 0  # forward calls of models while it was open
         self.last_trained = -1
         self.finished = False
         self._remembered: weakref.ref[Tensor] | None = None
@@ -139,14 +137,15 @@ class Cursor:
 
     def remember(self, batch: Any) -> None:
         """Note a batch before the last, to know later whether the loop keeps what it took."""
+        loader = self.loader
+        if loader is None or (loader.num_workers == 0 and not loader._auto_collation):
+            return  # the batches may be the dataset's own tensors, which it keeps
         tensor = next(iterate_tensors(batch), None)
         self._remembered = None if tensor is None else weakref.ref(tensor)
 
     @property
     def was_kept(self) -> bool:
-        """Whether the loop, after the end of the pass, still holds a batch before the last, or never used any."""
-        if self.num_trained == self.num_forward == 0:
-            return True
+        """Whether the loop, after the end of the pass, still holds a batch before the last."""
         if self._remembered is None or self._remembered() is None:
             return False
         gc.collect()  # a cycle of references may hold it, and nobody else

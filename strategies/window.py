@@ -50,7 +50,6 @@ class Window:
         self._correction: float | Tensor | None = None
         self.steps = 1  # micro-batches of a full window
         self._shares_weight = False
-        self._num_forward = 0  # forward calls of the models before the last backward
         self._cursor: Cursor | None = None
         self._first_index = -1
         self._loader: DataLoader[Any] | None = None
@@ -219,8 +218,7 @@ class Window:
 
     def _check_forward(self) -> None:
         """Ranks synchronise one backward per forward of the prepared model; the gradient of others would stay local."""
-        num_forward = sum(model.num_forward for model in self.models)
-        if self.closing and num_forward == self._num_forward:
+        if self.closing and not any(model.was_called for model in self.models):
             if self.num_backward:
                 raise StepError(
                     "backward() ran twice without a forward in between, in the micro-batch that synchronises ranks: "
@@ -230,7 +228,8 @@ class Window:
                 "the loss did not come through a call of the prepared model, where ranks synchronise: each would keep "
                 "its own gradient. Call model(...), not model.forward, a submodule, or the module given to prepare()."
             )
-        self._num_forward = num_forward
+        for model in self.models:
+            model.was_called = False
 
     def finish(self, optimizer: OptimizerLink) -> None:
         """Make the optimizer's gradients those of the window's mean loss: reduce, rescale, unscale. Once a window."""

@@ -130,7 +130,6 @@ class DataLoaderLink:
         cursor.is_look = begin is not self._begin
         sources.open(cursor)
         cursor.is_open = True
-        num_forward = accumulation.num_forward
         try:
             if isinstance(source, Stream):
                 yield from self._stream(source, make_iterator, cursor, resumed=begin.stream.is_begun)
@@ -162,7 +161,6 @@ class DataLoaderLink:
             if cut is not None:
                 self._check_number(cursor, cut.num_batches)
             cursor.finished = True
-            cursor.num_forward = accumulation.num_forward - num_forward
         except Exception as error:
             sources.fail(error, self._note(error, cursor))
             raise

@@ -38,10 +38,9 @@ class PreparedModel(View):
         # Without gradients there is nothing to synchronise, and ranks may call as often as they like.
         if link.bypass or not torch.is_grad_enabled():
             module = link.original
-            link.num_past += 1
         else:
             module = link.wrapped
-            link.num_forward += 1
+            link.was_called = True  # only ever written here: torch.compile would guard on what is read
         try:
             if not link.autocasts:
                 return module(*args, **kwargs)
@@ -95,8 +94,7 @@ class ModelLink:
         self.original = original
         self.name = type(original).__name__  # wrapping may change the class
         self.accumulation = accumulation
-        self.num_forward = 0  # forward calls that recorded gradients
-        self.num_past = 0  # the others, which go past the wrapper
+        self.was_called = False  # recording gradients, since a window last asked
         self.bypass = False  # whether calls go past the wrapper, because another window is open
         self._names = {id(parameter): (name, ref(parameter)) for name, parameter in original.named_parameters()}
         strategy, world, precision = accumulation.strategy, accumulation.world, accumulation.precision

@@ -20,9 +20,7 @@ from strategies import StepError
 def kept(loader: Any, how: str, epochs: int) -> Any:
     if how == "list":
         return list(loader)
-    if how == "cycle":
-        return itertools.islice(itertools.cycle(loader), epochs * len(loader))
-    return [(2 * x, 2 * y, z) for x, y, z in loader]  # the batches themselves are gone
+    return itertools.islice(itertools.cycle(loader), epochs * len(loader))
 
 
 def refused(case: Case, how: str) -> str:
@@ -38,7 +36,7 @@ def train_kept(case: Case, how: str, epochs: int = 2) -> Tensor:
     return flat(model)
 
 
-@pytest.mark.parametrize("how", ["list", "cycle", "changed"])
+@pytest.mark.parametrize("how", ["list", "cycle"])
 @pytest.mark.parametrize(
     "case",
     [
@@ -133,11 +131,26 @@ def train_after(how: str) -> Tensor:
     return flat(model)
 
 
-@pytest.mark.parametrize("how", ["evaluated", "evaluated with gradients", "trained"])
+@pytest.mark.parametrize("how", ["evaluated", "evaluated with gradients", "trained", "only looked at"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_data_of_the_loops_own_is_weighed_equally(ranks: RankPool, how: str, world: int) -> None:
     for weights in ranks(train_after, how, nproc=world):
         assert_close(weights, train_plain(Case(length=8 * world, world=world, steps=2)))
+
+
+def test_tensors_that_the_dataset_keeps_are_not_the_loops() -> None:
+    accelerator = Accelerator("cpu", gradient_accumulation_steps=2)
+    x, y, _ = make_data(Case(length=9)).tensors
+    whole: Any = list(zip(x.split([3, 2, 4]), y.split([3, 2, 4]), strict=True))  # batches that are ready
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(whole, batch_size=None))
+    for batch in loader:
+        step(accelerator, model, optimizer, *batch)
+    before = flat(model).clone()
+    for _ in range(2):  # on data of the loop's own
+        step(accelerator, model, optimizer, torch.ones_like(x[:2]), torch.ones_like(y[:2]))
+    assert not torch.equal(flat(model), before)
 
 
 def test_kept_batches_do_not_weigh_anything_in_a_window_of_one() -> None:

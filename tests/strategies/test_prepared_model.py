@@ -357,3 +357,44 @@ def test_preparing_twice_is_refused() -> None:
     other = make_model()
     with pytest.raises(PrepareError, match="Sequential is prepared already"):
         accelerator.prepare(other, other)
+
+
+class Counting:
+    """A backend of torch.compile that counts what it is given to compile."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.number += 1
+        return graph.forward
+
+
+def count_compilations() -> list[int]:
+    """Of a model that is compiled after prepare(): after calls in evaluation, and after steps of training."""
+    torch._dynamo.reset()
+    accelerator, backend = Accelerator("ddp"), Counting()
+    model, optimizer = accelerator.prepare(net := Net(), torch.optim.SGD(net.parameters(), lr=0.1))
+    compiled: Any = torch.compile(model, backend=backend)
+    numbers = []
+    for _ in range(3):
+        with torch.no_grad():
+            compiled(X)
+        numbers.append(backend.number)
+    for _ in range(6):
+        with accelerator.accumulate(model):
+            accelerator.backward(compiled(X).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            compiled(X)
+        numbers.append(backend.number)
+    torch._dynamo.reset()
+    return numbers
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_compiled_after_prepare_it_is_not_compiled_again(ranks: RankPool, nproc: int) -> None:
+    for numbers in ranks(count_compilations, nproc=nproc):
+        assert numbers[:3] == [1, 1, 1]
+        assert numbers[4:] == [3] * 5  # DDP itself differs in its first forward
