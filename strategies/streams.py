@@ -13,7 +13,7 @@ import copy
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,19 +53,21 @@ class Carried:
     place: Place
     shards_itself: bool
     first: int = 0  # a digest of the first sample that the shard read, where it reads all from the beginning
+    asked_id: bool = False  # whether the dataset, or its worker_init_fn, was told which shard it is
 
     def pin_memory(self, device: Any = None) -> Carried:
         """The same with the batch in pinned memory, for torch's pinning thread."""
         batch = torch_utils.pin_memory.pin_memory(self.batch, device)
-        return Carried(batch, self.shard, self.place, self.shards_itself, self.first)
+        return replace(self, batch=batch)
 
 
 class ShardInfo:
-    """What `get_worker_info()` gives inside a shard. Notes whether the dataset asked how many there are."""
+    """What `get_worker_info()` gives inside a shard. Notes whether the dataset asked which it is, and of how many."""
 
     def __init__(self, real: Any, dataset: Any, shard: int, num_shards: int) -> None:
         self.dataset = dataset
         self.was_asked = False
+        self.asked_id = False
         self._real = real
         self._shard = shard
         self._num_shards = num_shards
@@ -73,6 +75,7 @@ class ShardInfo:
     @property
     def id(self) -> int:
         """The number of the shard, which a dataset may want for a name only."""
+        self.asked_id = True
         return self._shard
 
     @property
@@ -127,7 +130,7 @@ class StreamShard(IterableDataset[Any]):
         self._show(torch_utils.worker._worker_info)
         if self._init is not None:
             assert self._info is not None
-            self._init(self._info.id)  # as is shown there: it may split the dataset by its argument
+            self._init(self._info.id)  # as is shown there, and asked for: it may split the dataset by it
 
     def collate(self, samples: Any) -> Carried:
         """The batch that the user's own function makes, and where this shard stands after it."""
@@ -136,15 +139,16 @@ class StreamShard(IterableDataset[Any]):
         place = self._place
         if self._source is not None:
             place = Place(place.passed, place.given, self._source.state_dict())
-        return Carried(self._collate(samples), self._shard, place, info.was_asked, 0 if info.was_asked else self._first)
+        first = 0 if info.was_asked else self._first
+        return Carried(self._collate(samples), self._shard, place, info.was_asked, first, info.asked_id)
 
     def __iter__(self) -> Iterator[Any]:
         if self._alone or self._info is None:
             self._show(get_worker_info())
         elif self._begun:  # a worker that is kept begins another pass
-            self.turn, self.layers, self.places, asked = 0, (), {}, self._info.was_asked
-            self._show(self._info._real)
-            self._info.was_asked = asked
+            self.turn, self.layers, self.places, before = 0, (), {}, self._info
+            self._show(before._real)
+            self._info.was_asked, self._info.asked_id = before.was_asked, before.asked_id
         self._begun = True
         epoch = int(self._numbers[0])
         if self.cuts_by_position:

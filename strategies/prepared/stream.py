@@ -121,14 +121,23 @@ class Stream:
         return together(make(), self._world, self._compare)
 
     def _compare(self) -> None:
-        """Warn where ranks begin with different samples of what each of them should read whole. Collective."""
+        """Note where ranks begin with different samples of what each of them should read whole. Collective."""
         reports = self._shard.reports
-        mine = reports[0].first if reports else 0
+        mine = reports[0].first << 1 | reports[0].asked_id if reports else 0
         told = collectives.meet("the first sample of an iterable dataset", self._world, mine)
-        if len(set(told) - {0}) > 1:
-            self._warn_apart()
+        if len({brought >> 1 for brought in told} - {0}) > 1:
+            self._note_apart(asked_id=any(brought & 1 for brought in told))
 
-    def _warn_apart(self) -> None:
+    def _note_apart(self, *, asked_id: bool) -> None:
+        """Raise `DataError` if the dataset seems to split itself by the number of its shard, else warn."""
+        if asked_id:
+            raise DataError(
+                f"the parts (ranks times workers) of {type(self._loader.dataset).__name__} begin with different "
+                "samples, and it asked which part it is (get_worker_info().id, or a worker_init_fn) but not of how "
+                "many, so that each would keep only a share of what it reads. If it splits itself, let it read "
+                "get_worker_info().num_workers too, which counts ranks as .id does: it then keeps all it reads. If it "
+                "does not, let augmentation draw from the generators of torch, NumPy or Python, seeded alike on all."
+            )
         warnings.warn(
             f"the parts (ranks times workers) of {type(self._loader.dataset).__name__} begin with different samples, "
             "and each keeps its share of what it reads. If the dataset splits by rank or worker itself, samples are "
@@ -151,7 +160,7 @@ class Stream:
         for _ in range(number):
             report = reports.popleft()
             if self._first and report.first not in (0, self._first):
-                self._warn_apart()
+                self._note_apart(asked_id=report.asked_id)
             self._first = report.first
             self._taken[report.shard] = report.place
             self._turn = (report.shard + 1) % self._shard.num_workers

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from accelerator import Accelerator
 from rank_pool import RankPool
+from strategies import DataError
 
 
 class Plain(IterableDataset[Tensor]):
@@ -82,14 +83,63 @@ def test_a_stream_that_splits_by_rank_itself_is_warned_of(ranks: RankPool) -> No
     ranks(warned)
 
 
+class ById(Plain):
+    """Takes the part of its number, without asking how many parts there are."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        info: Any = get_worker_info()
+        return iter(torch.arange(info.id * 4, info.id * 4 + 4))
+
+
+class ByIdOfSome(ById):
+    """Asks how many there are, too: it is taken to split itself."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        assert get_worker_info().num_workers  # type: ignore[union-attr]
+        return super().__iter__()
+
+
 def split_alone(worker: int) -> None:
     info: Any = get_worker_info()
     info.dataset.first, info.dataset.length = worker * 12, worker * 12 + 12
 
 
-def test_workers_that_split_without_asking_how_many_they_are_are_warned_of() -> None:
-    loader = Accelerator(strategy="cpu").prepare(
-        DataLoader(Counted(24), 2, num_workers=2, worker_init_fn=split_alone, multiprocessing_context="fork")
-    )
-    with pytest.warns(UserWarning, match="of Counted begin with different samples"):
-        list(loader)
+def read_parts(data: Plain, workers: int, **own: Any) -> list[int]:
+    own |= {"multiprocessing_context": "fork"} if workers else {}
+    accelerator = Accelerator(strategy="auto")
+    loader = accelerator.prepare(DataLoader(data, 2, num_workers=workers, **own))
+    return sorted(sample for batch in loader for sample in batch.tolist())
+
+
+def refused(workers: int) -> str:
+    with pytest.raises(DataError) as raised:
+        read_parts(ById(8), workers)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("nproc", "workers"), [(1, 2), (2, 0), (2, 2)])
+def test_a_stream_that_splits_by_its_number_alone_is_refused(ranks: RankPool, nproc: int, workers: int) -> None:
+    for message in ranks(refused, workers, nproc=nproc):
+        assert "of ById begin with different samples, and it asked which part it is" in message
+        assert "num_workers" in message
+    parts = ranks(read_parts, ByIdOfSome(8), workers, nproc=nproc)
+    assert sorted(sample for part in parts for sample in part) == list(range(4 * nproc * max(1, workers)))
+
+
+def test_workers_that_split_by_the_argument_alone_are_refused() -> None:
+    with pytest.raises(DataError, match="of Counted begin with different samples"):
+        read_parts(Counted(24), 2, worker_init_fn=split_alone)
+
+
+class Augmented(Plain):
+    """Draws from a generator of its own, which differs from worker to worker."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator()
+        generator.seed()
+        return (sample + torch.rand((), generator=generator) / 2 for sample in super().__iter__())
+
+
+def test_workers_that_draw_apart_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="of Augmented begin with different samples"):
+        assert [int(sample) for sample in read_parts(Augmented(24), 2)] == list(range(24))
