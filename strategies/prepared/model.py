@@ -103,7 +103,7 @@ class ModelLink:
         self.original = strategy.unwrap(self.wrapped)
         self._parameters = dict(self.original.named_parameters())
         self._live = {id(parameter): parameter for parameter in self._parameters.values()}
-        self._frozen = [name for name, parameter in self._parameters.items() if not parameter.requires_grad]
+        self._frozen = {name: parameter for name, parameter in self._parameters.items() if not parameter.requires_grad}
         self.autocasts = precision.dtype is not None
         self.empty = empty_parameters(self.original)
         self._sharded = any(is_sharded(parameter) for parameter in self._parameters.values())
@@ -167,20 +167,23 @@ class ModelLink:
         else:
             return
         for name, parameter in self.original.named_parameters():
-            if self._live.get(id(parameter)) is not parameter:
+            if self._live.get(id(parameter)) is parameter:
+                continue
+            if parameter.requires_grad or name in self._parameters:
                 raise StepError(
                     f"{name} of {self.name} is not the parameter that was prepared: it was added or "
                     "replaced since, and neither ranks nor the optimizer know it. Change the model before prepare(), "
                     "or write into the parameter: with torch.no_grad(): parameter.copy_(value)."
                 )
+            self._frozen[name] = parameter  # of a teacher, say, that nobody trains
         self._structure = _structure_of(self.original)
 
     def check_unfrozen(self) -> None:
         """Raise `StepError` for a parameter that was unfrozen since, which ranks would not synchronise."""
-        for name in self._frozen:
-            if self._parameters[name].grad is not None:
+        for name, parameter in self._frozen.items():
+            if parameter.grad is not None:
                 raise StepError(
-                    f"{name} of {self.name} was frozen when it was prepared and has a gradient now, "
+                    f"{name} of {self.name} was frozen when it was prepared or added, and has a gradient now, "
                     "which ranks do not synchronise. Unfreeze parameters before prepare(), and freeze after it those "
                     "that are to wait: parameter.requires_grad_(False)."
                 )

@@ -225,9 +225,10 @@ def test_what_ranks_would_not_synchronise_is_refused(ranks: RankPool, how: str, 
         assert message in str(error)
 
 
-def step_after(strategy: str, change: str) -> None:
-    """Two steps of a model that was changed after prepare()."""
+def step_after(strategy: str, change: str) -> dict[str, Tensor]:
+    """The weights after two steps of a model that was changed after prepare(), where rank 0 has them."""
     accelerator = Accelerator(strategy)
+    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model, optimizer = accelerator.prepare(net, sgd(net))
     changes = {
@@ -237,13 +238,21 @@ def step_after(strategy: str, change: str) -> None:
         "replace parameter": lambda: setattr(net[0], "bias", nn.Parameter(torch.zeros(4))),
         "move": lambda: setattr(net, "1", nn.Sequential(net[1], nn.ReLU())),
         "remove": lambda: net.pop(0),
+        "teacher": lambda: setattr(net[0], "teacher", teacher),
+        "frozen": lambda: net.append(teacher),
+        "replace by frozen": lambda: setattr(net, "1", teacher),
     }
+    teacher = nn.Linear(4, 4).requires_grad_(False)
+    with torch.no_grad():
+        teacher.weight.copy_(torch.eye(4) * 2)
+        teacher.bias.zero_()
     changes[change]()
     for _ in range(2):
         with accelerator.accumulate(model):
             accelerator.backward(model(torch.ones(2, 4)).sum())
             optimizer.step()
             optimizer.zero_grad()
+    return {name: weights.clone() for name, weights in accelerator.get_state_dict(model).items()}
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("cpu", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)])
@@ -255,7 +264,35 @@ def test_parameters_that_came_after_prepare_are_refused(ranks: RankPool, strateg
     for error in ranks(step_after, strategy, "replace parameter", nproc=world, return_exceptions=True):
         assert isinstance(error, StepError)
         assert re.search(r"0.bias (of Sequential is not the parameter|was replaced after prepare)", str(error))
-    assert ranks(step_after, strategy, "move", nproc=world) == [None] * world
+    ranks(step_after, strategy, "move", nproc=world)
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("cpu", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)])
+def test_what_is_frozen_may_be_added_after_prepare(ranks: RankPool, strategy: str, world: int) -> None:
+    for change in ("teacher", "frozen"):
+        weights = ranks(step_after, strategy, change, nproc=world)[0]
+        torch.testing.assert_close(weights, step_after("cpu", change))
+    for error in ranks(step_after, strategy, "replace by frozen", nproc=world, return_exceptions=True):
+        assert isinstance(error, StepError)
+        assert re.search(r"1.weight (of Sequential is not the parameter|was replaced after prepare)", str(error))
+
+
+def unfreeze_what_was_added() -> None:
+    accelerator = Accelerator("ddp")
+    net = nn.Sequential(nn.Linear(4, 4))
+    model, optimizer = accelerator.prepare(net, sgd(net))
+    net.append(nn.Linear(4, 4).requires_grad_(False))
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(2, 4)).sum())
+            optimizer.step()
+        net.requires_grad_(True)
+
+
+def test_what_was_added_frozen_is_refused_once_it_is_trained(ranks: RankPool) -> None:
+    for error in ranks(unfreeze_what_was_added, return_exceptions=True):
+        assert isinstance(error, StepError)
+        assert "1.weight of Sequential was frozen" in str(error)
 
 
 def test_a_module_may_be_taken_out_on_one_process() -> None:
