@@ -16,7 +16,7 @@ _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: 
 def check_types(settings: Any, owner: type) -> None:
     """Raise `ConfigurationError` for a field of the dataclass `owner` that is not of its type in `settings`.
 
-    A list counts as a tuple, one name as a tuple of it, and a class among names as its name.
+    A list counts as a tuple, one name as a tuple of it, a class among names as its name, and 1e8 as a whole number.
     """
     hints = get_type_hints(owner)
     for field in fields(owner):
@@ -25,6 +25,8 @@ def check_types(settings: Any, owner: type) -> None:
             value = (value,) if isinstance(value, str | type) else value
             value = [one.__name__ if isinstance(one, type) else one for one in value] if _many(value) else value
         value = tuple(value) if isinstance(value, list) else value
+        if hint is int and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 1e8
         if not _fits(value, hint):
             *others, last = _words(hint)
             expected = f"{', '.join(others)} or {last}" if others else last

@@ -107,7 +107,7 @@ def _length(loader: DataLoader[Any]) -> int:
 def _refuse_sharded(loader: DataLoader[Any]) -> None:
     for sampler in (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
         replicas = getattr(sampler, "num_replicas", 1) if hasattr(sampler, "rank") else 1
-        if isinstance(sampler, DistributedSampler) or replicas != 1:
+        if isinstance(sampler, DistributedSampler) or replicas not in (1, None):
             raise DataError(
                 f"the loader already has a {type(sampler).__name__}; cutting its part again would lose samples. Give a "
                 "plain loader (shuffle=True instead of the sampler): prepare() cuts it."

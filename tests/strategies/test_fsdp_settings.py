@@ -61,7 +61,7 @@ WRONG: list[tuple[type[Strategy], dict[str, Any], str]] = [
     (FSDP, {"forward_methods": (3,)}, r"forward_methods is \(3,\); expected a tuple of names"),
     (DDP, {"find_unused_parameters": "no"}, "find_unused_parameters is 'no'; expected True or False"),
     (DDP, {"bucket_cap_mb": "25"}, "bucket_cap_mb is '25'; expected a number or None"),
-    (DDP, {"power_sgd_rank": 1.0}, "power_sgd_rank is 1.0; expected a whole number"),
+    (DDP, {"power_sgd_rank": 1.5}, "power_sgd_rank is 1.5; expected a whole number"),
     (XLA, {"shard": True}, "shard is True; expected 'none', 'data' or 'fsdp'"),
     (XLA, {"shard": "fsdp", "mesh": (2, 2, 2)}, "expected a tuple of 2 whole numbers or None"),
 ]
@@ -71,6 +71,12 @@ WRONG: list[tuple[type[Strategy], dict[str, Any], str]] = [
 def test_values_of_the_wrong_type_are_refused(strategy: type[Strategy], fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         strategy(**fields)
+
+
+def test_a_whole_number_may_be_written_as_a_float() -> None:
+    made = FSDP(auto_wrap_policy="size", min_num_params=1e8)  # type: ignore[arg-type]
+    assert type(made.min_num_params) is int
+    assert made.min_num_params == 100_000_000
 
 
 def test_names_may_be_one_a_list_or_classes() -> None:

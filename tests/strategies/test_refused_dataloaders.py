@@ -114,6 +114,19 @@ def test_what_cannot_be_cut_is_refused_on_two_ranks(ranks: RankPool, kind: str, 
 
 
 @pytest.mark.parametrize("kind", ["own sampler", "own batches", "no batches", "stream"])
+class Unplaced(SequentialSampler):
+    """Would know its rank in a process group, and there is none."""
+
+    rank = None
+    num_replicas = None
+
+
+def test_a_sampler_that_cuts_nothing_is_taken() -> None:
+    numbers = Numbers(4)
+    loader = Accelerator(strategy="cpu").prepare(DataLoader(numbers, sampler=Unplaced(numbers)))
+    assert [batch.tolist() for batch in loader] == [batch.tolist() for batch in DataLoader(numbers)]
+
+
 def test_on_one_process_any_loader_is_taken_as_it_is(kind: str) -> None:
     loader = Accelerator(strategy="cpu").prepare(make(kind))
     for _ in range(2):
