@@ -210,7 +210,7 @@ class FSDP(Strategy):
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
         inner = sorted((block.module for block in found if block.name), key=[*model.modules()].index)
-        settle(model, inner, forward=self.forward_prefetch, backward=self.backward_prefetch)
+        settle(model, inner, world, forward=self.forward_prefetch, backward=self.backward_prefetch)
         if self.find_unused_parameters:
             reduce_unused(model)
         return model

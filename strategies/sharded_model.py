@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from .tree import iterate_leaves, map_tensors
 from .world import World
 
 
-def settle(model: nn.Module, blocks: Sequence[nn.Module], *, forward: int, backward: int) -> None:
+def settle(model: nn.Module, blocks: Sequence[nn.Module], world: World, *, forward: int, backward: int) -> None:
     """Fix what `fully_shard` would fix in the first forward, while parameters are as the user left them.
 
     `forward` and `backward` are how many of the `blocks`, in their order, are gathered ahead.
@@ -35,7 +36,7 @@ def settle(model: nn.Module, blocks: Sequence[nn.Module], *, forward: int, backw
             block.set_modules_to_backward_prefetch(before or [block])  # type: ignore[operator]
     if backward == 0:
         model.set_modules_to_backward_prefetch([model])  # type: ignore[operator]
-    gathered = _Gathered(_groups(model))
+    gathered = _Gathered(_groups(model), world)
     model.register_forward_pre_hook(gathered.before_forward, prepend=True)
     model.register_forward_hook(gathered.after_forward)
 
@@ -43,16 +44,20 @@ def settle(model: nn.Module, blocks: Sequence[nn.Module], *, forward: int, backw
 class _Gathered:
     """What a forward left gathered for its backward, and whether the parts were written to since."""
 
-    def __init__(self, groups: Sequence[Any]) -> None:
+    def __init__(self, groups: Sequence[Any], world: World) -> None:
         self._groups = groups
+        self._world = world
         self._drawn: dict[int, int] | None = {id(p): p.sharded_param._version for g in groups for p in g.fsdp_params}
         self._versions: dict[int, int] = {}  # by the place of a group: how often its parts had been written to
 
     def before_forward(self, model: nn.Module, inputs: Any) -> None:
         """Have it gather anew what was written to by hand since, and refuse what was replaced or converted."""
         self._refuse_replaced()
-        if self._drawn is not None:
-            _refuse_same_numbers([p for g in self._groups for p in g.fsdp_params], self._drawn)
+        if self._drawn is not None and not torch.compiler.is_compiling():
+            parameters = [p for g in self._groups for p in g.fsdp_params]
+            written = [known for known in parameters if known.sharded_param._version != self._drawn[id(known)]]
+            _refuse_written_apart(written, self._world)
+            _refuse_same_numbers(written)
             self._drawn = None
         for index, group in enumerate(self._groups):
             first = group.fsdp_params[0]
@@ -88,12 +93,24 @@ class _Gathered:
                     )
 
 
-def _refuse_same_numbers(parameters: Sequence[Any], versions: Mapping[int, int]) -> None:
-    """Raise `StepError` if parameters were drawn at random since `versions`, by each rank from the same generator.
+def _refuse_written_apart(written: Sequence[Any], world: World) -> None:
+    """Raise `StepError` if ranks have written to different parameters since the model was sharded. Collective."""
+    names = [str(known._param_fqn) for known in written]
+    told = collectives.meet("the first forward of a sharded model", world, collectives.digest_of(repr(names)))
+    if len(set(told)) > 1:
+        everyone = collectives.all_gather_objects(names, world)
+        apart = [n for n in dict.fromkeys(itertools.chain(*everyone)) if not all(n in held for held in everyone)]
+        raise StepError(
+            f"{listed(apart)} were written to after prepare() on some ranks only, each of which holds a part of them. "
+            "Write before prepare(), where rank 0's values count, or on every rank."
+        )
+
+
+def _refuse_same_numbers(written: Sequence[Any]) -> None:
+    """Raise `StepError` if parameters were drawn at random, by each rank from the same generator.
 
     Collective where any was written to: each rank then draws only its part, and all parts are alike.
     """
-    written = [known for known in parameters if known.sharded_param._version != versions[id(known)]]
     if not written or written[0].mesh_info.shard_mesh_size == 1:
         return
     mine = {}

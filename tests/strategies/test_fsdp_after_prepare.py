@@ -152,3 +152,34 @@ def initialise(how: str) -> None:
         else:
             (nn.init.zeros_ if how == "zeros" else nn.init.normal_)(model.layers[0].up.weight)
         model(torch.ones(2, 5))
+
+
+def write_on_rank_0(training: bool) -> None:
+    accelerator, model, _ = prepared()
+    if accelerator.is_main_process:
+        with torch.no_grad():
+            model.layers[0].up.weight.mul_(2)
+    with torch.set_grad_enabled(training):
+        model(torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_writing_on_some_ranks_only_is_refused_on_all(ranks: RankPool, training: bool) -> None:
+    for outcome in ranks(write_on_rank_0, training, nproc=2, return_exceptions=True):
+        assert isinstance(outcome, StepError)
+        assert "layers.0.up.weight were written to after prepare() on some ranks only" in str(outcome)
+
+
+def first_forward_on_rank_0() -> None:
+    accelerator, model, optimizer = prepared()
+    if accelerator.is_main_process:
+        with torch.no_grad():
+            model(torch.ones(2, 5))
+    else:
+        accelerator.gather(torch.ones(1))
+
+
+def test_a_first_forward_on_one_rank_is_named(ranks: RankPool) -> None:
+    for outcome in ranks(first_forward_on_rank_0, nproc=2, return_exceptions=True):
+        assert isinstance(outcome, CollectiveError)
+        assert "rank 0: the first forward of a sharded model; rank 1: gather" in str(outcome)
