@@ -171,7 +171,7 @@ def test_writing_on_some_ranks_only_is_refused_on_all(ranks: RankPool, training:
 
 
 def first_forward_on_rank_0() -> None:
-    accelerator, model, optimizer = prepared()
+    accelerator, model, _ = prepared()
     if accelerator.is_main_process:
         with torch.no_grad():
             model(torch.ones(2, 5))
