@@ -250,7 +250,18 @@ def _packed(drawn: list[Any]) -> tuple[Sequence[Any] | npt.NDArray[np.int64], in
     if all(isinstance(index, int | np.integer) and not isinstance(index, bool) for index in drawn):
         array = np.array(drawn, dtype=np.int64)
         return array, zlib.crc32(array.tobytes())
-    return drawn, zlib.crc32(re.sub(r" at 0x[0-9a-f]+>", ">", repr(drawn)).encode())
+    return drawn, zlib.crc32(_text(drawn).encode())
+
+
+def _text(index: Any) -> str:
+    """`index` as text that is the same on all ranks where it is: no address, no order of a set."""
+    if isinstance(index, set | frozenset):
+        return f"{{{', '.join(sorted(map(_text, index)))}}}"
+    if type(index) in (list, tuple):
+        return f"({', '.join(map(_text, index))})"
+    if type(index) is dict:
+        return f"{{{', '.join(f'{_text(key)}: {_text(value)}' for key, value in index.items())}}}"
+    return re.sub(r" at 0x[0-9a-f]+>", ">", repr(index))
 
 
 def _repeats(drawn: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -286,7 +297,7 @@ def _marked(drawn: Sequence[Any], counts: dict[Any, int]) -> list[Any]:
     """`drawn` with `Repeat` for indices that came before, by `counts`, which is brought up to date."""
     marked: list[Any] = []
     for index in drawn:
-        own = index if isinstance(index, int) else repr(index)
+        own = index if isinstance(index, int) else _text(index)
         number = counts[own] = counts.get(own, -1) + 1
         marked.append(Repeat(index, number) if number else index)
     return marked

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +40,27 @@ def draw_apart(kind: str) -> list[Any]:
     torch.manual_seed(accelerator.process_index)
     random.seed(accelerator.process_index)
     return [[accelerator.gather_for_metrics(batch).tolist() for batch in loader] for _ in range(2)]
+
+
+DIGEST = """
+from strategies.drawn import _packed
+print(_packed([frozenset({"a", "b", "c", "d", str(number)}) for number in range(8)])[1])
+print(_packed([("x", {"k": {"a", "b", "c", "d"}}), object()])[1])
+"""
+
+
+def test_sets_among_indices_have_one_digest_in_all_processes() -> None:
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(printed) == 1
 
 
 def test_a_samplers_draws_leave_the_loops_generators_alone() -> None:
