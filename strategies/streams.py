@@ -53,7 +53,7 @@ class Carried:
     place: Place
     shards_itself: bool
     first: int = 0  # a digest of the first sample that the shard read, where it reads all from the beginning
-    asked_id: bool = False  # whether the dataset, or its worker_init_fn, was told which shard it is
+    asked_id: bool = False  # whether the dataset asked which shard it is
 
     def pin_memory(self, device: Any = None) -> Carried:
         """The same with the batch in pinned memory, for torch's pinning thread."""
@@ -130,7 +130,9 @@ class StreamShard(IterableDataset[Any]):
         self._show(torch_utils.worker._worker_info)
         if self._init is not None:
             assert self._info is not None
-            self._init(self._info.id)  # as is shown there, and asked for: it may split the dataset by it
+            self._init(
+                self._info._shard
+            )  # as is shown there; not a question: most of them seed by it, and split nothing
 
     def collate(self, samples: Any) -> Carried:
         """The batch that the user's own function makes, and where this shard stands after it."""

@@ -133,10 +133,10 @@ class Stream:
         if asked_id:
             raise DataError(
                 f"the parts (ranks times workers) of {type(self._loader.dataset).__name__} begin with different "
-                "samples, and it asked which part it is (get_worker_info().id, or a worker_init_fn) but not of how "
-                "many, so that each would keep only a share of what it reads. If it splits itself, let it read "
-                "get_worker_info().num_workers too, which counts ranks as .id does: it then keeps all it reads. If it "
-                "does not, let augmentation draw from the generators of torch, NumPy or Python, seeded alike on all."
+                "samples, and it asked which part it is (get_worker_info().id) but not of how many, so that each would "
+                "keep only a share of what it reads. If it splits itself, let it read get_worker_info().num_workers "
+                "too, which counts ranks as .id does: it then keeps all it reads. If it does not, let augmentation "
+                "draw from the generators of torch, NumPy or Python, seeded alike on all."
             )
         warnings.warn(
             f"the parts (ranks times workers) of {type(self._loader.dataset).__name__} begin with different samples, "
