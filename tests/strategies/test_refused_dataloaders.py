@@ -113,7 +113,6 @@ def test_what_cannot_be_cut_is_refused_on_two_ranks(ranks: RankPool, kind: str, 
         assert named in str(error)
 
 
-@pytest.mark.parametrize("kind", ["own sampler", "own batches", "no batches", "stream"])
 class Unplaced(SequentialSampler):
     """Would know its rank in a process group, and there is none."""
 
@@ -127,6 +126,7 @@ def test_a_sampler_that_cuts_nothing_is_taken() -> None:
     assert [batch.tolist() for batch in loader] == [batch.tolist() for batch in DataLoader(numbers)]
 
 
+@pytest.mark.parametrize("kind", ["own sampler", "own batches", "no batches", "stream"])
 def test_on_one_process_any_loader_is_taken_as_it_is(kind: str) -> None:
     loader = Accelerator(strategy="cpu").prepare(make(kind))
     for _ in range(2):
