@@ -144,7 +144,7 @@ def by_class(
         if not any(_is_one_of(module, [name]) for _, module in found):
             if any(_is_one_of(module, [name]) for module in model.modules()):
                 raise PrepareError(
-                    f"transformer_layer_cls names {name!r}, but what is a {name} in {class_name(model)} has no forward "
+                    f"{setting} names {name!r}, but what is a {name} in {class_name(model)} has no forward "
                     "or no parameters: nothing would gather it. Name the class of the modules inside that are called."
                 )
             classes = Counter(type(module).__name__ for _, module in _candidates(model))
