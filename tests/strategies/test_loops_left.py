@@ -9,35 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from accelerator import Accelerator
-from datasets_of_numbers import Numbers
+from datasets_of_numbers import Numbers, Stateful
 from rank_pool import RankPool
 from sampled_loaders import LOADERS, flat
 from strategies import DataError
 
 
-class Counted(IterableDataset[Tensor]):
-    """A stream that says where it stands, and stays there when a loop is left."""
-
-    def __init__(self, length: int) -> None:
-        self.length, self.place = length, 0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while self.place < self.length:
-            self.place += 1
-            yield torch.tensor(self.place - 1)
-        self.place = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"place": self.place}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.place = state["place"]
-
-
-class Uncounted(Counted):
+class Uncounted(Stateful):
     state_dict = None  # type: ignore[assignment]
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -45,7 +26,9 @@ class Uncounted(Counted):
 
 
 STREAMS: dict[str, Any] = {
-    "stateful": lambda n, b, w: DataLoader(Counted(n), b, num_workers=w, multiprocessing_context="fork" if w else None),
+    "stateful": lambda n, b, w: DataLoader(
+        Stateful(n), b, num_workers=w, multiprocessing_context="fork" if w else None
+    ),
     "stream": lambda n, b, w: DataLoader(Uncounted(n), b, num_workers=w, multiprocessing_context="fork" if w else None),
 }
 

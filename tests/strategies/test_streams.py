@@ -10,21 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from accelerator import Accelerator
+from datasets_of_numbers import Plain, Stateful
 from rank_pool import RankPool
 from strategies import DataError
-
-
-class Plain(IterableDataset[Tensor]):
-    """Knows nothing of ranks, workers or states."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(torch.arange(self.length))
 
 
 class Shuffled(Plain):
@@ -43,26 +34,6 @@ class Sharding(Plain):
         info = get_worker_info()
         first, step = (0, 1) if info is None else (info.id, info.num_workers)
         return iter(torch.arange(self.length)[first::step])
-
-
-class Stateful(Plain):
-    """Says where it stands."""
-
-    place = 0
-    num_read = 0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while self.place < self.length:
-            self.place += 1
-            self.num_read += 1
-            yield torch.tensor(self.place - 1)
-        self.place = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"place": self.place}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.place = state["place"]
 
 
 class StatefulIterator(Plain):

@@ -10,19 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from accelerator import Accelerator
+from datasets_of_numbers import Plain
 from rank_pool import RankPool
 from strategies import DataError
-
-
-class Plain(IterableDataset[Tensor]):
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(torch.arange(self.length))
 
 
 class Counted(Plain):

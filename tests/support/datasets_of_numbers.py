@@ -26,3 +26,33 @@ class Stream(IterableDataset[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(torch.arange(float(self.length)).reshape(-1, 1))
+
+
+class Plain(IterableDataset[Tensor]):
+    """Knows nothing of ranks, workers or states."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(self.length))
+
+
+class Stateful(Plain):
+    """Says where it stands."""
+
+    place = 0
+    num_read = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.place < self.length:
+            self.place += 1
+            self.num_read += 1
+            yield torch.tensor(self.place - 1)
+        self.place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
