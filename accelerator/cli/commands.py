@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 from strategies.errors import AcceleratorError, nearest
 
-from .checkpoints import export
-from .checkpoints import main as checkpoint
-from .config import main as config
-from .conformance import main as conformance
-from .doctor import env
-from .doctor import main as doctor
-from .estimate import main as estimate
-from .launch import main as launch
-from .report import main as report
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "config": config,
-    "doctor": doctor,
-    "env": env,
-    "launch": launch,
-    "conformance": conformance,
-    "estimate": estimate,
-    "report": report,
-    "checkpoint": checkpoint,
-    "export": export,
-}
+COMMANDS = {
+    "config": "config:main",
+    "doctor": "doctor:main",
+    "env": "doctor:env",
+    "launch": "launch:main",
+    "conformance": "conformance:main",
+    "estimate": "estimate:main",
+    "report": "report:main",
+    "checkpoint": "checkpoints:main",
+    "export": "checkpoints:export",
+}  # the module in this package, and the function in it that takes the words after the command
 USAGE = """usage: accelerator COMMAND ...
 
   config        write accelerator.toml, show what applies here, or convert a file of Accelerate
@@ -56,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    module, function = COMMANDS[name].split(":")
     try:
-        return COMMANDS[name](rest)
+        return int(getattr(import_module(f"{__package__}.{module}"), function)(rest))
     except AcceleratorError as error:
         print(f"accelerator {name}: {error}", file=sys.stderr)
         return 2

@@ -36,6 +36,7 @@ COMMANDS = {
 def seconds_to_first_all_reduce(name: str, folder: Path) -> float:
     """Run one job to its end; the time counts from the start of the command to the end of rank 0's all-reduce."""
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)  # torch came with its bytecode; what is installed has its own, too
     reached = folder / "reached"
     start = time.time()
     words = [*COMMANDS[name], str(folder / "train.py"), str(reached)]
