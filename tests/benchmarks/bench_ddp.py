@@ -95,6 +95,7 @@ def worker() -> None:
     ours = Accelerator("ddp", gradient_accumulation_steps=STEPS)  # joins the process group that all arms use
     arms = {
         "by hand": by_hand(),
+        "by hand, again": by_hand(),  # what two of the same differ by
         "torch-accelerator": with_accumulate(ours),
         "Accelerate": with_accumulate(accelerate.Accelerator(cpu=True, gradient_accumulation_steps=STEPS)),
         "Fabric": with_fabric(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import random
 import statistics
 import subprocess
 import sys
@@ -23,16 +24,17 @@ def ratios(
     """Median, lower and upper quartile of each arm's time over the baseline's, taken within each round.
 
     Every arm runs once before anything counts. Garbage is collected between runs and not during them, and `before`
-    is called before each, which does not count. The
-    order of arms is turned round from round to round, so that none always follows the same one.
+    is called before each, which does not count. The order of arms is drawn anew for each round, the same on every
+    rank, so that none follows itself, whose memory is still in the caches, more often than others.
     """
     for run in arms.values():
         before()
         run()
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
-    for index in range(rounds):
-        for name in names if index % 2 == 0 else reversed(names):
+    draws = random.Random(0)
+    for _ in range(rounds):
+        for name in draws.sample(names, len(names)):
             before()
             gc.collect()
             gc.disable()
