@@ -44,8 +44,8 @@ def check_world(resolved: Resolved, world: World) -> None:
         return
     asked = " or ".join(str(nodes * launch.nproc_per_node) for nodes in expected)
     raise LaunchError(
-        f"launch.nproc_per_node is {launch.nproc_per_node} ({origin}): {asked} processes asked for, {world.size} "
-        "found. Start the script with `accelerator launch`, or take the setting out."
+        f"launch.nproc_per_node is {launch.nproc_per_node} ({origin}); processes asked for: {asked}, found: "
+        f"{world.size}. Start the script with `accelerator launch`, or take the setting out."
     )
 
 

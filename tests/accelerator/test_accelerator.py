@@ -128,7 +128,7 @@ def test_a_strategy_with_a_typo_is_answered_with_the_nearest() -> None:
 def test_two_processes_asked_for_and_one_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "accelerator.toml").write_text("[launch]\nnproc_per_node = 2\n")
     monkeypatch.chdir(tmp_path)
-    asked = r"launch\.nproc_per_node is 2 \(accelerator\.toml line 2\): 2 processes asked for, 1 found"
+    asked = r"launch\.nproc_per_node is 2 \(accelerator\.toml line 2\); processes asked for: 2, found: 1"
     with pytest.raises(LaunchError, match=asked):
         Accelerator()
 

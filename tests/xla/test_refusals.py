@@ -90,7 +90,7 @@ CASES = {
     ),
     "processes that were asked for": (
         "os.environ['ACCELERATOR_LAUNCH__NPROC_PER_NODE'] = '2'; Accelerator('xla')",
-        "LaunchError: launch.nproc_per_node is 2 .*2 processes asked for, 1 found",
+        "LaunchError: launch.nproc_per_node is 2 .*processes asked for: 2, found: 1",
     ),
 }
 SCRIPT = """
