@@ -52,22 +52,24 @@ def hint_at_names(
     if not missing or not unexpected:
         return ""
     for names, others, words in (
-        (
-            unexpected,
-            known,
-            "in the checkpoint only. Load {{name.removeprefix({0!r}): tensor for name, tensor in ...}}",
-        ),
-        (missing, found, "in the model only. Load into the module behind it (model.{1}), or put it before the names"),
+        (unexpected, known, "in the checkpoint only. Load with key_mapping={{{0!r}: ''}}"),
+        (missing, found, "in the model only. Load into the module behind it (model.{1}), or with key_mapping={2}"),
     ):
         prefix = names[0].partition(".")[0] + "."
         if all(name.startswith(prefix) and name.removeprefix(prefix) in others for name in names):
-            return f" Names begin with {prefix!r} " + words.format(prefix, prefix[:-1]) + "."
-    if any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
+            pattern, added = "^" + prefix.replace(".", "[.]"), {"^": prefix}
+            return f" Names begin with {prefix!r} " + words.format(pattern, prefix[:-1], added) + "."
+    if is_of_transformers(model):
         return (
             " transformers may save weights under other names than the model's, which its from_pretrained knows: load "
             "with that, and go on from there, with disk_offload(model) or dispatch_model(model, device_map)."
         )
     return ""
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether transformers made the class of `model`, which is not imported for that."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
 
 
 def _kind(tensor: Tensor) -> str:

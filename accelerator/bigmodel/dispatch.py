@@ -99,6 +99,7 @@ def load_checkpoint_and_dispatch(
     offload_budget: int | str | None = None,
     strict: bool = True,
     quantize: Quantize | None = None,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Load `checkpoint` into `model`, usually one from `init_empty_weights`, each weight to its place; return `model`.
 
@@ -112,7 +113,14 @@ def load_checkpoint_and_dispatch(
     elif max_memory is not None:
         raise ConfigurationError("max_memory is for a device map that is inferred; got one that says where all goes")
     load_checkpoint_in_model(
-        model, checkpoint, device_map, dtype=dtype, offload_folder=offload_folder, strict=strict, quantize=quantize
+        model,
+        checkpoint,
+        device_map,
+        dtype=dtype,
+        offload_folder=offload_folder,
+        strict=strict,
+        quantize=quantize,
+        key_mapping=key_mapping,
     )
     return dispatch_model(
         model,

@@ -16,12 +16,13 @@ from torch.nn.parameter import is_lazy
 from accelerator.fit import differing_ties, hint_at_names, misfit
 from accelerator.saved_weights import SavedWeights
 from strategies.deferred_init import EMPTY
-from strategies.errors import ConfigurationError, StateError, listed
+from strategies.errors import StateError, listed
 from strategies.shards import copy_whole, is_quantized
 
 from . import pages
 from .build import fill_buffers
-from .files import of_safetensors, tensors_of
+from .files import of_safetensors
+from .names import tensors_for
 from .parts import check_dtype
 from .places import Device, DeviceMap, check_device_map, device_of
 from .quantize import Quantize, quantized, ways_of
@@ -70,14 +71,15 @@ def load_checkpoint_in_model(
     strict: bool = True,
     mmap: bool = True,
     quantize: Quantize | None = None,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> IncompatibleKeys:
     """Fill `model`, on the meta device or not, from a checkpoint; every rank for itself.
 
     `checkpoint`: a safetensors file, a file of `torch.save`, an index of either, or a folder with those or with one
     tensor per file; a folder that `save_state` wrote, of which every file is verified first; or tensors by name, which
-    are copied. `device_map` says where weights go (see
-    `infer_auto_device_map`), otherwise they go where they are, and from the meta device to the CPU. They keep the dtype
-    they have in the model, or get `dtype` where they are floating-point. Memory: the model and its largest tensor.
+    are copied. `device_map` says where weights go (see `infer_auto_device_map`), otherwise they go where they are, and
+    from the meta device to the CPU. They keep the dtype they have in the model, or get `dtype` where they are
+    floating-point. Memory: the model and its largest tensor.
 
     With `mmap`, weights without memory that go to the CPU as they are in the file are mapped from it, copy-on-write:
     loading reads nothing, and the file must not be overwritten in place afterwards (replacing it is fine). Weights on
@@ -89,6 +91,10 @@ def load_checkpoint_in_model(
     time, and frozen; a mapping from names of modules to those, or to `None`, says it for each. They must be on the meta
     device before, and run where they are (not on `"disk"`). Weights that other modules share, such as an embedding's,
     stay as they are. `quantization_errors` measures what it costs.
+
+    `key_mapping`: regular expressions and what takes the place of what they match in the names of the checkpoint, such
+    as `{r"^module\\.": ""}`. Without it, a model of transformers 5 that misses something gets the names that its
+    `from_pretrained` gives; `StateError` if that would merge or turn weights too.
 
     Raises `StateError` before anything is changed: for a checkpoint that is damaged or unsafe; and, all together, for
     names that are missing in it, unexpected, of another shape or kind of number, or with numbers that the dtype of the
@@ -102,7 +108,7 @@ def load_checkpoint_in_model(
     ways = ways_of(model, quantize, device_map, dtype)
     in_files = isinstance(checkpoint, str | os.PathLike)
     where = str(checkpoint) if in_files else "the tensors given"
-    found = _tensors(checkpoint, model)
+    found = tensors_for(model, checkpoint, key_mapping)
     outlines = found.outlines if isinstance(found, SavedWeights) else found
     _refuse_quantized(model, slots, outlines, where)
     result = _check(model, slots, found, outlines, where, dtype, strict=strict)
@@ -127,16 +133,6 @@ def load_checkpoint_in_model(
     if strict:
         _refuse_meta(model)
     return result
-
-
-def _tensors(checkpoint: str | os.PathLike[str] | Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    if isinstance(checkpoint, str | os.PathLike):
-        return tensors_of(checkpoint, type(model).__name__)
-    if not isinstance(checkpoint, Mapping):
-        raise ConfigurationError(
-            f"checkpoint is {checkpoint!r}; expected the path of a file or folder, or tensors by name"
-        )
-    return dict(checkpoint)
 
 
 def _name_in(found: Mapping[str, Tensor], names: Sequence[str]) -> str | None:

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from strategies.errors import ConfigurationError, nearest
 from strategies.shards import is_quantized
 
-from .files import tensors_of
+from .names import tensors_for
 from .parts import size_of
 from .places import DeviceMap, device_of, main_device, rests
 
@@ -194,14 +194,16 @@ def _config(weight: Tensor, way: str) -> Any:
 
 
 def quantization_errors(
-    model: nn.Module, checkpoint: str | os.PathLike[str] | Mapping[str, Tensor]
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Tensor],
+    key_mapping: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """How far quantized weights of `model` are from those of the checkpoint that it was loaded from, by name.
 
     The relative error of what their layers give for inputs drawn from a normal distribution, which on average is that
     of the weights themselves (Frobenius norm). One weight at a time is read.
     """
-    found = tensors_of(checkpoint, type(model).__name__) if isinstance(checkpoint, str | os.PathLike) else checkpoint
+    found = tensors_for(model, checkpoint, key_mapping)
     errors: dict[str, float] = {}
     seen: set[int] = set()
     generator = torch.Generator().manual_seed(0)
