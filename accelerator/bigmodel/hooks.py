@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,49 @@ class _Running(threading.local):
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
+
+
+@dataclass
+class _Entered:
+    """A module that runs, and what there is to do once it does not."""
+
+    module: nn.Module
+    leave: Callable[[], None] | None = None
+
+
+class _Modules(_Running):
+    """The modules that run in this thread."""
+
+    def begin(self, model: nn.Module) -> None:
+        """A forward of all begins: what did not end was interrupted, and torch calls no hook for KeyboardInterrupt."""
+        if self.stack and not _is_called_by_itself(model):
+            self._leave_to(0)
+        self.enter(model)
+
+    def enter(self, module: nn.Module) -> _Entered:
+        """A module begins to run."""
+        self.stack.append(_Entered(module))
+        return self.stack[-1]  # type: ignore[no-any-return]
+
+    def leave(self, module: nn.Module) -> None:
+        """A module does not run any more, nor what it called."""
+        depths = [depth for depth, entered in enumerate(self.stack) if entered.module is module]
+        if depths:
+            self._leave_to(depths[-1])
+
+    def _leave_to(self, depth: int) -> None:
+        while len(self.stack) > depth:
+            leave = self.stack.pop().leave
+            if leave is not None:
+                leave()
+
+
+def _is_called_by_itself(module: nn.Module) -> bool:
+    calls, frame = 0, inspect.currentframe()
+    while frame is not None:
+        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module
+        frame = frame.f_back
+    return calls > 1  # besides the one that begins
 
 
 class _Hook(Unpicklable):
@@ -106,23 +150,31 @@ def attach(
     handles: list[RemovableHandle],
 ) -> None:
     """Have parts that rest elsewhere brought in around their forward, and again for their backward."""
+    running = _Modules()
     for index, (part, holding) in enumerate(zip(parts, holdings, strict=True)):
         for module in dict.fromkeys(part.modules):
             if isinstance(holding, Copies):
-                handles += _attach_copies(module, index, holding, residency)
+                handles += _attach_copies(module, index, holding, residency, running)
             else:
-                handles += _attach_pages(module, index, residency)
-    handles.append(model.register_forward_pre_hook(_Hook(lambda *_: residency.begin()), prepend=True))
-    handles.append(model.register_forward_hook(_Hook(lambda *_: residency.end())))
+                handles += _attach_pages(module, index, residency, running)
+
+    def begin(module: nn.Module, args: Any) -> None:
+        running.begin(module)
+        residency.begin()
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        running.leave(module)
+        residency.end()
+
+    handles.append(model.register_forward_pre_hook(_Hook(begin), prepend=True))
+    handles.append(model.register_forward_hook(_Hook(end), always_call=True))
 
 
-def _attach_pages(module: nn.Module, index: int, residency: Residency) -> list[RemovableHandle]:
-    entered = _Running()  # whether the part is held
-
+def _attach_pages(module: nn.Module, index: int, residency: Residency, running: _Modules) -> list[RemovableHandle]:
     def before(module: nn.Module, args: Any) -> None:
-        entered.stack.append(False)
+        entered = running.enter(module)
         residency.enter(index)
-        entered.stack[-1] = True
+        entered.leave = partial(residency.leave, index)
 
     def backward(gradient: Tensor) -> None:
         if not residency.is_closed:
@@ -130,8 +182,7 @@ def _attach_pages(module: nn.Module, index: int, residency: Residency) -> list[R
             residency.leave(index)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        if entered.stack.pop():  # called even if something before it raised
-            residency.leave(index)
+        running.leave(module)  # called even if something before it raised
         if torch.is_grad_enabled():
             for tensor in iterate_tensors(output):
                 if tensor.requires_grad:
@@ -151,9 +202,9 @@ class _Saved:
     view: Any
 
 
-def _attach_copies(module: nn.Module, index: int, holding: Copies, residency: Residency) -> list[RemovableHandle]:
-    contexts = _Running()  # `None` where entering failed
-
+def _attach_copies(
+    module: nn.Module, index: int, holding: Copies, residency: Residency, running: _Modules
+) -> list[RemovableHandle]:
     def pack(tensor: Tensor) -> Any:
         for number, parameter in enumerate(holding.parameters):
             view = as_view_of(tensor, parameter.data)
@@ -172,18 +223,20 @@ def _attach_copies(module: nn.Module, index: int, holding: Copies, residency: Re
         finally:
             residency.leave(index)
 
+    def leave(context: torch.autograd.graph.saved_tensors_hooks) -> None:
+        context.__exit__(None, None, None)
+        residency.leave(index)
+
     def before(module: nn.Module, args: Any) -> None:
-        contexts.stack.append(None)
+        entered = running.enter(module)
         _refuse_trained(module, holding.parameters)
         residency.enter(index)
-        contexts.stack[-1] = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-        contexts.stack[-1].__enter__()
+        context = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        context.__enter__()
+        entered.leave = partial(leave, context)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        context = contexts.stack.pop()
-        if context is not None:
-            context.__exit__(None, None, None)
-            residency.leave(index)
+        running.leave(module)
 
     return [
         module.register_forward_pre_hook(_Hook(before), prepend=True),

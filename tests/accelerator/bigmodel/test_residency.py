@@ -171,3 +171,53 @@ check()
 def test_a_forked_process_reads_for_itself(fresh: FreshProcesses, tmp_path: Path) -> None:
     (finished,) = fresh(FORK, str(tmp_path))
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_an_interrupted_forward_keeps_nothing(copies: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if copies:
+        request.getfixturevalue("by_copies")
+    model, expected = offloaded(tmp_path, 2 * BLOCK)
+    residency: Any = model._dispatched.residency  # type: ignore[union-attr]
+    x = torch.randn(3, 64)
+
+    def interrupt(module: nn.Module, args: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in range(3):  # as in a notebook
+        handle = model[number].register_forward_pre_hook(interrupt)
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+            model(x)
+        handle.remove()
+    with torch.no_grad():
+        assert torch.equal(model(x), expected(x))
+    assert residency._running == [0] * 6
+    assert residency.held_bytes <= 2 * BLOCK
+    saved: list[torch.Tensor] = []  # no hook of ours is left to hear of tensors that others save
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        (torch.ones(1, requires_grad=True) ** 2).backward()
+    assert len(saved) == 1
+
+
+class CallsItself(nn.Module):
+    """Runs its own weights around another run of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((64,), 2.0))
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, depth: int = 3) -> torch.Tensor:
+        return self.scale * (self(self.inner(x), depth - 1) if depth else x) * self.scale
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_model_that_calls_itself(copies: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if copies:
+        request.getfixturevalue("by_copies")
+    model = CallsItself().requires_grad_(False)
+    x = torch.randn(3, 64)
+    expected = model(x)
+    disk_offload(model, tmp_path)
+    assert torch.equal(model(x), expected)
+    assert model._dispatched.residency._running == [0, 0]  # type: ignore[union-attr]
