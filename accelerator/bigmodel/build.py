@@ -14,6 +14,9 @@ from strategies.deferred_init import record, recording_of
 from strategies.errors import PrepareError
 from strategies.recording import Recording, default_dtype
 
+from .parts import check_dtype
+from .words import unlike_accelerate
+
 _OF_MODULES = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
@@ -99,9 +102,11 @@ def _recording(tensor: Tensor) -> Recording | None:
         return None
 
 
+@unlike_accelerate
 @contextmanager
 def init_on_device(device: torch.device | str | int, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Make tensors on `device` in this block, floating-point ones in `dtype`, where nothing else is asked for."""
+    check_dtype(dtype)
     with contextlib.ExitStack() as stack:
         if dtype is not None:
             stack.enter_context(default_dtype(dtype))

@@ -15,6 +15,7 @@ from .host_memory import free_on_host
 from .parts import Classes, Part, check_dtype, described, parts_of, running_around
 from .places import Device, DeviceMap, device_of
 from .quantize import Quantize, loaded_size, ways_of
+from .words import unlike_accelerate
 
 Kind = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 _KINDS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -22,6 +23,7 @@ _UNLIMITED = 2**62
 _SHARE = 0.9  # of the free memory of a device, unless told
 
 
+@unlike_accelerate
 def infer_auto_device_map(
     model: nn.Module,
     max_memory: Mapping[Device, int | str] | None = None,

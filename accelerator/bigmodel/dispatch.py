@@ -25,6 +25,7 @@ from .parts import Classes, Part, described, parts_of, running_around
 from .places import Device, DeviceMap, check_device_map, device_of, device_that_computes, main_device, rests
 from .quantize import Quantize
 from .residency import Copies, Holding, MappedPages, Residency
+from .words import unlike_accelerate
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Dispatched(Unpicklable):
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
+@unlike_accelerate
 def dispatch_model(
     model: nn.Module,
     device_map: DeviceMap,
@@ -87,6 +89,7 @@ def dispatch_model(
     return model
 
 
+@unlike_accelerate
 def load_checkpoint_and_dispatch(
     model: nn.Module,
     checkpoint: str | os.PathLike[str] | Mapping[str, Tensor],
@@ -143,6 +146,7 @@ def remove_dispatch(model: nn.Module) -> nn.Module:
     return model
 
 
+@unlike_accelerate
 def cpu_offload(
     model: nn.Module,
     execution_device: torch.device | str | int | None = None,
@@ -157,6 +161,7 @@ def cpu_offload(
     return dispatch_model(model, {"": "cpu"}, main_device=device, offload_budget=offload_budget)
 
 
+@unlike_accelerate
 def disk_offload(
     model: nn.Module,
     offload_folder: str | os.PathLike[str] | None = None,

@@ -26,6 +26,7 @@ from .names import tensors_for
 from .parts import check_dtype
 from .places import Device, DeviceMap, check_device_map, device_of
 from .quantize import Quantize, quantized, ways_of
+from .words import unlike_accelerate
 
 _AT_ONCE = 2**20  # numbers that are copied together
 Memory = Literal["file", "own", "shared"]  # of a tensor in a checkpoint: mapped, made for it, or not to be kept
@@ -61,6 +62,7 @@ class _Slot:
         self.tensor = new
 
 
+@unlike_accelerate
 def load_checkpoint_in_model(
     model: nn.Module,
     checkpoint: str | os.PathLike[str] | Mapping[str, Tensor],
