@@ -183,6 +183,8 @@ def _attach_pages(module: nn.Module, index: int, residency: Residency, running: 
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         running.leave(module)  # called even if something before it raised
+        if torch.is_autocast_enabled("cpu"):
+            torch.clear_autocast_cache()  # it would keep a cast of every weight until its block ends
         if torch.is_grad_enabled():
             for tensor in iterate_tensors(output):
                 if tensor.requires_grad:

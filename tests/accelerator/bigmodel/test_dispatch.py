@@ -354,13 +354,19 @@ for _ in range(2):
         y = model(x)
     forward = memory("VmHWM") - before
     model(x).sum().backward()
-print(json.dumps([forward, memory("VmHWM") - before]))
+trained = memory("VmHWM") - before
+model.requires_grad_(True)  # as weights are that nobody froze
+with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    for _ in range(2):
+        model(x)
+print(json.dumps([forward, trained, memory("VmHWM") - before]))
 """
 
 
 def test_peak_memory_is_the_budget_not_the_model(fresh: FreshProcesses, tmp_path: Path) -> None:
     (finished,) = fresh(SCRIPT, str(tmp_path))
     assert finished.returncode == 0, finished.stderr
-    forward, backward = json.loads(finished.stdout)
+    forward, backward, autocast = json.loads(finished.stdout)
     assert forward < 12 + 4  # MiB, of 64
     assert backward < 12 + 8
+    assert autocast < 12 + 12  # with casts of one block, and not with those of all, which autocast would keep
