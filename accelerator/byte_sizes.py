@@ -6,14 +6,15 @@ import re
 
 from strategies.errors import ConfigurationError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def number_of_bytes(size: int | str, name: str) -> int:
     """`size` in bytes: itself, or a text such as `"5GB"` or `"500MiB"`. Raises `ConfigurationError` for others."""
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?|[KMG]iB)\s*", str(size), re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?|[KMGT]iB)\s*", str(size), re.IGNORECASE)
     unit = found[2].upper() if found else ""
     unit = unit if unit in _UNITS else unit + "B"
     if found is None or isinstance(size, int):

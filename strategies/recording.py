@@ -149,11 +149,11 @@ class Recording:
 
     def end(self, model_tensors: Iterable[Tensor]) -> None:
         """Note how often each tensor was written to until now, the end of the block."""
-        self._versions = {id(tensor): tensor._version for tensor in model_tensors}
+        self._versions = {id(tensor): _num_writes(tensor) for tensor in model_tensors}
 
     def was_changed(self, tensor: Tensor) -> bool:
         """Whether a tensor was written to after the block."""
-        return self._versions.get(id(tensor), tensor._version) != tensor._version
+        return self._versions.get(id(tensor), _num_writes(tensor)) != _num_writes(tensor)
 
     def value_of(self, tensor: Tensor) -> Tensor:
         """The numbers that a meta tensor will have. Raises `PrepareError` if they are random."""
@@ -283,6 +283,10 @@ class AsIfReal(TorchFunctionMode):
 
 def _is_seeded(function: Any) -> bool:
     return function is trunc_normal or torch.Tag.nondeterministic_seeded in function.tags
+
+
+def _num_writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors do not count
 
 
 def _tensors(tree: Any) -> list[Tensor]:

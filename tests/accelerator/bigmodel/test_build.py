@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from accelerator.bigmodel import init_empty_weights, init_on_device, load_checkpoint_in_model
+from blocks_net import Net, make_net
 from strategies.errors import PrepareError, StateError
 
 
@@ -92,6 +93,15 @@ def test_a_model_of_transformers() -> None:
     tokens = torch.arange(6)[None]
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, expected(tokens).logits)
+
+
+def test_a_model_built_and_run_in_inference_mode() -> None:
+    expected = make_net()
+    with torch.inference_mode():
+        with init_empty_weights():
+            model = Net()
+        load_checkpoint_in_model(model, expected.state_dict())
+        assert torch.equal(model(torch.ones(2, 5)), expected(torch.ones(2, 5)))
 
 
 class Containers(nn.Module):

@@ -41,6 +41,16 @@ def test_every_argument_of_accelerate_is_known(name: str) -> None:
         assert argument in guide or argument == "offload_8bit_bnb"
 
 
+@pytest.mark.parametrize("size", ["10GB", "10GiB", "7MB", "7MiB", "3KB", "3KiB"])
+def test_sizes_are_those_of_accelerate(size: str) -> None:
+    utils = pytest.importorskip("accelerate.utils")
+    assert ours.get_max_memory({"cpu": size})["cpu"] == utils.convert_file_size_to_int(size)
+
+
+def test_terabytes() -> None:
+    assert ours.get_max_memory({"cpu": "1TB", "disk": "2 tib"}) == {"cpu": 10**12, "disk": 2**41}
+
+
 def test_what_nobody_knows_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="banana"):
         ours.cpu_offload(torch.nn.Linear(1, 1), banana=1)  # type: ignore[call-arg]
