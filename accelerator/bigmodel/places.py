@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from strategies.errors import ConfigurationError, listed, nearest
 
@@ -58,8 +58,25 @@ def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
         tied = f" ({listed(ties)}: give tied weights the same place under all their names)" if ties else ""
         problems.append(f"nothing says where {listed(left_out)} should be{tied}")
     problems += [problem for device in dict.fromkeys(device_map.values()) if (problem := _problem(device))]
+    problems = problems or _in_two_places(tensors, device_map)
     if problems:
         raise ConfigurationError(f"device_map does not fit {type(model).__name__}: {'; '.join(problems)}")
+
+
+def _in_two_places(tensors: Mapping[str, Tensor], device_map: DeviceMap) -> list[str]:
+    first: dict[int, str] = {}
+    problems = []
+    for name, tensor in tensors.items():
+        other = first.setdefault(id(tensor), name)
+        here, there = device_of(name, device_map), device_of(other, device_map)
+        if _spelled_out(here) != _spelled_out(there):
+            problems.append(f"{other} is {name}, and is to be on {there!r} and on {here!r}")
+    return problems[:20]
+
+
+def _spelled_out(device: Device) -> object:
+    found = None if device == "disk" else torch.device(device)
+    return found and (found.type, found.index or 0)
 
 
 def _is_covered(name: str, device_map: DeviceMap) -> bool:
