@@ -109,6 +109,9 @@ class Recording:
         self._alive += new
 
     def _check_random(self, function: Any, args: Any, kwargs: Any, made: list[Tensor]) -> None:
+        if not made and self.empty:  # it keeps its numbers and its memory, and nothing else will draw the usual ones
+            self.random_state = random_state(self.device)
+            return
         if not made:
             raise PrepareError(
                 f"{function} drew random numbers for a tensor on a real device inside init_module(), where tensors are "

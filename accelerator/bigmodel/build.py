@@ -26,7 +26,8 @@ def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
 
     Nothing is drawn for them, so it takes as long as running the constructor. Buffers have their numbers at the end
     of the block; with `include_buffers` they stay on the meta device too, and loading gives those that no checkpoint
-    holds the numbers of the constructor. Random buffers wait for a checkpoint in either case.
+    holds the numbers of the constructor. Random buffers wait for a checkpoint in either case. Tensors that the
+    constructor makes on a device and fills with random numbers itself stay as they are.
     """
     modules: dict[int, nn.Module] = {}
 

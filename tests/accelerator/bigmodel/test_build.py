@@ -144,3 +144,25 @@ def test_a_constructor_that_looks_at_its_weights() -> None:
         init_empty_weights(),
     ):
         nn.Linear(2, 2).weight.std().item()
+
+
+class OfOldDays(nn.Module):
+    """As in Wav2Vec2 of transformers: the constructor of this tensor hears of no device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.Tensor(4).uniform_())
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.mask
+
+
+def test_a_constructor_that_draws_into_a_tensor_of_the_cpu() -> None:
+    expected = OfOldDays()
+    with init_empty_weights():
+        model = OfOldDays()
+    assert model.linear.weight.is_meta
+    load_checkpoint_in_model(model, expected.state_dict())
+    x = torch.randn(2, 4)
+    assert torch.equal(model(x), expected(x))
