@@ -198,12 +198,16 @@ def close_groups() -> None:
 
 
 @contextmanager
-def named_failures(world: World) -> Iterator[None]:
-    """Turn the backend's "connection closed" in this block into a `PeerLostError` that names the rank."""
-    if world.size > 1 and not dist.is_initialized():
+def named_failures(world: World | None = None) -> Iterator[None]:
+    """Turn the backend's "connection closed" in this block into a `PeerLostError` that names the rank.
+
+    Without `world`, that of the process group.
+    """
+    if (world is None or world.size > 1) and not dist.is_initialized():
         raise CollectiveError(
             "a collective was called after the process group was left. Call end_training() after the last one."
         )
+    world = World(rank=dist.get_rank(), size=dist.get_world_size()) if world is None else world
     try:
         yield
     except RuntimeError as error:

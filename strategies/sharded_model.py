@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from . import collectives
 from .blocks import class_name
 from .errors import PrepareError, StepError, listed
+from .process_group import named_failures
 from .shards import cut_like, is_sharded, local
 from .tree import iterate_leaves, map_tensors
 from .world import World
@@ -300,10 +301,11 @@ def average(parameter: Parameter, world: World) -> None:
     if not parameter.requires_grad:
         return
     has_any = torch.tensor(parameter.grad is not None, dtype=torch.float32, device=parameter.device)
-    dist.all_reduce(has_any, op=dist.ReduceOp.MAX)
-    if has_any.item():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        dist.all_reduce(parameter.grad.div_(world.size))
+    with named_failures(world):
+        dist.all_reduce(has_any, op=dist.ReduceOp.MAX)
+        if has_any.item():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad.div_(world.size))
 
 
 def refuse_uneven_use(model: nn.Module, world: World) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .process_group import named_failures
 from .xla_layout import lay_out_like
 
 
@@ -47,7 +48,10 @@ def part_of(tensor: Tensor) -> int:
 def whole(tensor: Tensor) -> Tensor:
     """All of `tensor`, detached, on its device. Collective if it is sharded."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    with named_failures():
+        return tensor.full_tensor()  # type: ignore[no-any-return]
 
 
 def cut_like(full: Tensor, like: Tensor) -> Tensor:
@@ -85,7 +89,8 @@ def sum_over_shards(parts: Sequence[tuple[Tensor, Tensor]], op: dist.ReduceOp.Re
         stacked = torch.stack([number for _, number in alike])
         total = stacked.amax() if op == dist.ReduceOp.MAX else stacked.sum()
         for group in groups:
-            dist.all_reduce(total, op=op, group=group)
+            with named_failures():
+                dist.all_reduce(total, op=op, group=group)
         totals.append(total)
     together = torch.stack(totals)
     return together.amax() if op == dist.ReduceOp.MAX else together.sum()

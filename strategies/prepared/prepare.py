@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..blocks import class_name
 from ..errors import PrepareError
+from ..process_group import named_failures
 from .agreement import agreed_seed
 from .alike import Fact, meet_alike
 from .dataloader import prepare_dataloader
@@ -51,21 +52,22 @@ def prepare(
     before = [items[:] for items in held]
     prepared: dict[int, Any] = {}
     try:
-        for index in _indices(kinds, "model"):
-            prepared[index] = prepare_model(objects[index], accumulation)
-        for index in _indices(kinds, "optimizer"):
-            prepared[index] = prepare_optimizer(objects[index], accumulation)
-        for index in _indices(kinds, "scheduler"):
-            prepared[index] = prepare_scheduler(objects[index], accumulation)
-        for index in _indices(kinds, "loader"):
-            own_seed = agreed_seed(
-                objects[index],
-                seed,
-                len(accumulation.loaders),
-                accumulation.world,
-                dispatch=options.dispatch_batches,
-            )
-            prepared[index] = prepare_dataloader(objects[index], accumulation, options=options, seed=own_seed)
+        with named_failures(accumulation.world):
+            for index in _indices(kinds, "model"):
+                prepared[index] = prepare_model(objects[index], accumulation)
+            for index in _indices(kinds, "optimizer"):
+                prepared[index] = prepare_optimizer(objects[index], accumulation)
+            for index in _indices(kinds, "scheduler"):
+                prepared[index] = prepare_scheduler(objects[index], accumulation)
+            for index in _indices(kinds, "loader"):
+                own_seed = agreed_seed(
+                    objects[index],
+                    seed,
+                    len(accumulation.loaders),
+                    accumulation.world,
+                    dispatch=options.dispatch_batches,
+                )
+                prepared[index] = prepare_dataloader(objects[index], accumulation, options=options, seed=own_seed)
     except BaseException:
         for items, earlier in zip(held, before, strict=True):
             items[:] = earlier

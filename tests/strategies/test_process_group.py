@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from accelerator import Accelerator
 from fresh_process import FreshProcesses
 from rank_pool import RankPool
-from strategies import DDP, ConfigurationError, LaunchError, PeerLostError, World
+from strategies import DDP, ConfigurationError, LaunchError, PeerLostError, World, collectives
 from strategies.process_group import Placement, read_environment
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -264,6 +264,52 @@ def test_a_rank_lost_anywhere_in_the_step_is_named(
     assert "rank 1 left" in message
     if fate == "raises":
         assert "it had raised reading batch 1 of epoch 0, samples [6, 7]: ValueError: a broken sample" in message
+
+
+class LeavesWhenMoved(nn.Linear):
+    """On rank 1 the process ends while it is prepared, when all ranks have said that they do so."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if dist.get_rank() == 1:
+            os._exit(1)
+        return super()._apply(fn, recurse)
+
+
+def lose_a_rank_in(strategy: str, phase: str) -> str:
+    accelerator = Accelerator(strategy)
+    model: Any = LeavesWhenMoved(3, 1) if phase == "prepare" else nn.Linear(3, 1)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        use_until_lost(accelerator, phase, model, optimizer)
+    except PeerLostError as error:
+        return str(error)
+    return "nobody was missed"
+
+
+def use_until_lost(accelerator: Accelerator, phase: str, model: Any, optimizer: Any) -> None:
+    """Rank 1 ends where the next exchange is the one of `phase`."""
+    leaves = accelerator.process_index == 1
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if phase == "get_state_dict":
+        if leaves:
+            collectives.meet("get_state_dict", accelerator._world)
+            os._exit(1)
+        accelerator.get_state_dict(model)
+    with accelerator.accumulate(model):
+        accelerator.backward(model(torch.ones(2, 3)).mean())
+        if leaves:
+            accelerator._accumulation.finish(model.parameters())
+            os._exit(1)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "phase"), [("fsdp", "clip"), ("fsdp", "get_state_dict"), ("fsdp", "prepare"), ("ddp", "prepare")]
+)
+def test_a_rank_lost_around_the_step_is_named(ranks: RankPool, strategy: str, phase: str) -> None:
+    message, _ = ranks(lose_a_rank_in, strategy, phase, return_exceptions=True)
+    assert isinstance(message, str), message
+    assert "rank 1 left or did not answer" in message
 
 
 DATASET = """
