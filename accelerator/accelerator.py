@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 from strategies import Precision, Strategy, clipping, collectives
 from strategies.accumulation import Accumulation
-from strategies.errors import AcceleratorError, DataError, PrepareError, StateError
+from strategies.errors import AcceleratorError, PrepareError, StateError
 from strategies.prepared import View, prepare
 from strategies.recording import default_dtype
-from strategies.tree import num_samples
 
 from . import export, processes
+from .accelerate_words import says_it_in_our_words
 from .batch_arithmetic import BatchArithmetic
 from .choice import check_world, chosen_alike, chosen_name, options_of
 from .config import NOT_GIVEN, NotGiven, given, resolve_settings
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@says_it_in_our_words
 class Accelerator(Ranks):
     """Runs a training loop on whatever hardware is configured, with the numbers of one process.
 
@@ -246,28 +247,18 @@ class Accelerator(Ranks):
         """Micro-batches per window; with `global_batch_size`, for the loader prepared first that divides it."""
         return self._arithmetic.steps
 
-    def gather_for_metrics(self, tree: Any, *, loader: DataLoader[Any] | None = None) -> Any:
+    def gather_for_metrics(
+        self, input_data: Any, use_gather_object: bool = False, *, loader: DataLoader[Any] | None = None
+    ) -> Any:
         """What each rank computed from its part of a batch, gathered so that every sample counts once, in order.
 
         Tensors of any nesting may have any length along dimension 0 on each rank; scalars become one value per
-        rank that had samples. Lists of other objects are concatenated. What a rank computed from a repeated
-        sample, because the batch had none for it, is left out. Collective. `loader` says which prepared loader
-        the values belong to, where loops are nested and sizes do not tell.
+        rank that had samples. Lists of other objects are concatenated, with `use_gather_object` those of tensors too.
+        What a rank computed from a repeated sample, because the batch had none for it, is left out. Collective.
+        `loader` says which prepared loader the values belong to, where loops are nested and sizes do not tell.
         """
-        sources = self._accumulation.sources
-        size = num_samples(tree)
-        if size is None and isinstance(tree, list):
-            size = len(tree)
-        cursor = sources.measuring(size, loader)
-        if cursor is not None:
-            sources.verify(cursor)
-            if not sources.is_open(cursor) and cursor.finished and cursor.had_ghosts:
-                raise DataError(
-                    "gather_for_metrics was called after the loop over its loader had ended, where values of repeated "
-                    "samples can no longer be told from others. Call it inside the loop, for each batch; "
-                    "for a value of your own, such as a count, use reduce or gather."
-                )
-        return collectives.gather_uneven(tree, self._world, keep=cursor is None or not cursor.is_ghost)
+        keep = self._accumulation.sources.keeps(input_data, loader)
+        return collectives.gather_uneven(input_data, self._world, keep=keep, as_objects=use_gather_object)
 
     # -- around the loop -----------------------------------------------------------------------------------
 
@@ -407,9 +398,16 @@ class Accelerator(Ranks):
         """
         export.load(self.unwrap_model(model), folder, self._world)
 
-    def unwrap_model(self, model: nn.Module) -> nn.Module:
-        """The user's own module behind a prepared one; a module that was not prepared is returned as it is."""
-        return self._accumulation.link(model).original if isinstance(model, View) else model
+    def unwrap_model(
+        self, model: nn.Module, keep_fp32_wrapper: bool = False, keep_torch_compile: bool = True
+    ) -> nn.Module:
+        """The user's own module behind a prepared one; a module that was not prepared is returned as it is.
+
+        Without `keep_torch_compile`, what `torch.compile` was given. `keep_fp32_wrapper` can only be False: autocast is
+        around the call of the prepared model, and nothing of it in the module.
+        """
+        own = self._accumulation.link(model).original if isinstance(model, View) else model
+        return export.own_module(own, keep_fp32_wrapper=keep_fp32_wrapper, keep_torch_compile=keep_torch_compile)
 
     def log(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from strategies import World, collectives, xla_layout
 from strategies.blocks import class_name
-from strategies.errors import StateError, listed
+from strategies.errors import ConfigurationError, StateError, listed
 from strategies.shards import copy_whole, is_quantized, is_sharded, local, whole
 
 from .byte_sizes import number_of_bytes
@@ -24,6 +24,16 @@ from .fit import differing_ties, misfit
 
 INDEX = "model.safetensors.index.json"
 _WRITING = ".writing"
+
+
+def own_module(model: nn.Module, *, keep_fp32_wrapper: bool, keep_torch_compile: bool) -> nn.Module:
+    """The user's `model` as it is, or what `torch.compile` was given."""
+    if keep_fp32_wrapper:
+        raise ConfigurationError(
+            "keep_fp32_wrapper is True; expected False: modules have no such wrapper here. For outputs in the "
+            "precision of training call the prepared model, or the module inside `with accelerator.autocast():`."
+        )
+    return model if keep_torch_compile else getattr(model, "_orig_mod", model)
 
 
 def state_dict(model: nn.Module, world: World, *, sharded: bool) -> dict[str, Any]:

@@ -27,24 +27,24 @@ class Ranks:
 
     # -- collectives ---------------------------------------------------------------------------------------
 
-    def gather(self, tree: Any) -> Any:
+    def gather(self, tensor: Any) -> Any:
         """Every tensor of any nesting, concatenated over ranks along dimension 0; scalars become (num_processes,).
 
         Collective. Raises `ShapeMismatchError` on every rank if shapes or dtypes differ. No gradient flows through.
         """
-        return collectives.gather(tree, self._world)
+        return collectives.gather(tensor, self._world)
 
-    def reduce(self, tree: Any, reduction: Literal["sum", "mean"] = "sum", scale: float = 1.0) -> Any:
+    def reduce(self, tensor: Any, reduction: Literal["sum", "mean"] = "sum", scale: float = 1.0) -> Any:
         """Every tensor of any nesting summed, or averaged, over ranks, times `scale`. Collective."""
-        return collectives.reduce(tree, self._world, reduction=reduction, scale=scale)
+        return collectives.reduce(tensor, self._world, reduction=reduction, scale=scale)
 
     def broadcast(self, tree: Any) -> Any:
         """The main process's value, tensors or any picklable object, on every rank. Collective."""
         return collectives.broadcast(tree, self._world)
 
-    def pad_across_processes(self, tree: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
+    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
         """Every tensor of any nesting padded along `dim` to the longest of all ranks. Collective."""
-        return collectives.pad_across_processes(tree, self._world, dim=dim, pad_index=pad_index, pad_first=pad_first)
+        return collectives.pad_across_processes(tensor, self._world, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
     def wait_for_everyone(self) -> None:
         """Return once every rank has called it."""

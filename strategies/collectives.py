@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import CollectiveError, PeerLostError, ShapeMismatchError
 from .process_group import named_failures
-from .tree import describe, iterate_leaves, iterate_tensors, map_tensors
+from .tree import describe, iterate_leaves, iterate_tensors, map_tensors, move
 from .world import World
 
 
@@ -91,15 +91,17 @@ def gather(tree: Any, world: World) -> Any:
     return map_tensors(lambda tensor: torch.cat(_all_gather(_at_least_1d(tensor), world)), tree)
 
 
-def gather_uneven(tree: Any, world: World, *, keep: bool) -> Any:
+def gather_uneven(tree: Any, world: World, *, keep: bool, as_objects: bool = False) -> Any:
     """Like `gather`, with a first dimension of any length on each rank, and nothing of ranks with `keep=False`.
 
-    Objects that are no tensors are gathered too: a list is concatenated, anything else becomes a list
-    with one element per rank that keeps.
+    Objects that are no tensors are gathered too, and with `as_objects` tensors in the same way: a list is
+    concatenated, anything else becomes a list with one element per rank that keeps.
     """
-    _check_alike("gather_for_metrics", tree, world, any_length_of=0, objects=True)
-    if not any(True for _ in iterate_tensors(tree)):
-        kept = [value for value, keeps in all_gather_objects((tree, keep), world) if keeps]
+    _check_alike("gather_for_metrics", [] if as_objects else tree, world, any_length_of=0, objects=True)
+    if as_objects or not any(True for _ in iterate_tensors(tree)):
+        sent = map_tensors(lambda tensor: tensor.detach().cpu(), tree) if as_objects else tree
+        kept = [value for value, keeps in all_gather_objects((sent, keep), world) if keeps]
+        kept = move(kept, world.device) if as_objects else kept
         return [item for value in kept for item in value] if isinstance(tree, list) else kept
     leaves = [_at_least_1d(tensor) for tensor in iterate_tensors(tree)]
     lengths = all_gather_integers([len(leaf) if keep else 0 for leaf in leaves], world)

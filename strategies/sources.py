@@ -16,7 +16,7 @@ from . import collectives
 from .errors import DataError, StepError
 from .process_group import leave_last_words, take_back_last_words
 from .sharding import Cut, Plan
-from .tree import iterate_tensors
+from .tree import iterate_tensors, num_samples
 from .world import World
 
 
@@ -274,6 +274,24 @@ class Sources:
                 if [cursor.size_on(rank) for rank in range(self._world.size)] == sizes:
                     return cursor
         return inside[0]
+
+    def keeps(self, values: Any, loader: DataLoader[Any] | None) -> bool:
+        """Whether what this rank computed is of samples that count: not of a ghost. Collective.
+
+        Raises `DataError` where nobody can tell any longer.
+        """
+        size = num_samples(values)
+        cursor = self.measuring(len(values) if size is None and isinstance(values, list) else size, loader)
+        if cursor is None:
+            return True
+        self.verify(cursor)
+        if not self.is_open(cursor) and cursor.finished and cursor.had_ghosts:
+            raise DataError(
+                "gather_for_metrics was called after the loop over its loader had ended, where values of repeated "
+                "samples can no longer be told from others. Call it inside the loop, for each batch; "
+                "for a value of your own, such as a count, use reduce or gather."
+            )
+        return not cursor.is_ghost
 
     def refuse_kept(self, *, weighed: bool) -> None:
         """Raise `StepError` where the loop trains on batches that it kept from a pass that has ended.
