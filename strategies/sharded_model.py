@@ -37,9 +37,19 @@ def settle(model: nn.Module, blocks: Sequence[nn.Module], world: World, *, forwa
             block.set_modules_to_backward_prefetch(before or [block])  # type: ignore[operator]
     if backward == 0:
         model.set_modules_to_backward_prefetch([model])  # type: ignore[operator]
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            type(module).__deepcopy__ = _refuse_copy  # type: ignore[attr-defined]  # in the place of torch's refusal
     gathered = _Gathered(_groups(model), world)
     model.register_forward_pre_hook(gathered.before_forward, prepend=True)
     model.register_forward_hook(gathered.after_forward)
+
+
+def _refuse_copy(model: nn.Module, memo: Any) -> Any:
+    raise StepError(
+        f"{class_name(model)} is cut over ranks, and a copy would not be: copy the model before prepare(). "
+        "accelerator.EMA averages its weights, and get_state_dict(model) gives them whole."
+    )
 
 
 class _Gathered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -183,3 +184,14 @@ def test_a_first_forward_on_one_rank_is_named(ranks: RankPool) -> None:
     for outcome in ranks(first_forward_on_rank_0, nproc=2, return_exceptions=True):
         assert isinstance(outcome, CollectiveError)
         assert "rank 0: the first forward of a sharded model; rank 1: gather" in str(outcome)
+
+
+def copy_model(what: str) -> None:
+    accelerator, model, _ = prepared()
+    copy.deepcopy({"view": model, "module": accelerator.unwrap_model(model), "block": model.layers[0]}[what])
+
+
+@pytest.mark.parametrize(("what", "name"), [("view", "Net"), ("module", "Net"), ("block", "Block")])
+def test_a_copy_is_refused_with_what_to_do_instead(ranks: RankPool, what: str, name: str) -> None:
+    with pytest.raises(StepError, match=rf"{name} is cut over ranks, and a copy would not be: .*EMA averages"):
+        ranks(copy_model, what, nproc=1)
