@@ -57,6 +57,7 @@ class Accelerator(Ranks):
     - `trackers`: what keeps the values given to `log`: names such as `"jsonl"` or `"tensorboard"`, or `Tracker`s.
     - `data_ledger`: whether to write down which samples each rank was given, in `project_dir`.
     - `detect_nonfinite`: whether to stop where a NaN or an infinity first appears, and name the place.
+    - `hang_notice`: seconds that ranks wait in vain until one logs, once, where each of them is; 0 for never.
     - `hang_timeout`, `first_step_timeout`: seconds without progress, after and before the first optimizer step, until
       every process says where it waits, and all end.
     - `timers`, `count_flops`: whether to measure where time goes, and to count the operations of one micro-batch.
@@ -82,6 +83,7 @@ class Accelerator(Ranks):
         timers: bool | NotGiven = NOT_GIVEN,
         count_flops: bool | NotGiven = NOT_GIVEN,
         detect_nonfinite: bool | NotGiven = NOT_GIVEN,
+        hang_notice: int | NotGiven = NOT_GIVEN,
         hang_timeout: int | NotGiven | None = NOT_GIVEN,
         first_step_timeout: int | NotGiven | None = NOT_GIVEN,
         config: str | os.PathLike[str] | None = None,
@@ -105,6 +107,7 @@ class Accelerator(Ranks):
             timers=timers,
             count_flops=count_flops,
             detect_nonfinite=detect_nonfinite,
+            hang_notice=hang_notice,
             hang_timeout=hang_timeout,
             first_step_timeout=first_step_timeout,
         )

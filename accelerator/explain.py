@@ -97,7 +97,7 @@ def _debugging(resolved: Resolved) -> list[Row]:
     """The settings that look for bugs, where any is on."""
     names = [
         name
-        for name in ("data_ledger", "detect_nonfinite", "hang_timeout", "first_step_timeout")
+        for name in ("data_ledger", "detect_nonfinite", "hang_notice", "hang_timeout", "first_step_timeout")
         if getattr(resolved.settings, name)
     ]
     values = [(name, str(getattr(resolved.settings, name))) for name in names]

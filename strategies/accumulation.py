@@ -83,6 +83,13 @@ class Accumulation:
         """Optimizer steps really taken, of the optimizer that has taken most; 0 without any."""
         return max((optimizer.num_steps for optimizer in self.optimizers), default=0)
 
+    @property
+    def moves(self) -> tuple[int, ...]:
+        """What changes as the loop goes on, for another thread to compare."""
+        cursor, window = self.sources.latest, self.latest
+        batch = (id(cursor), cursor.index) if cursor is not None else ()
+        return (*batch, *((window.count, window.num_backward) if window is not None else ()), self.steps_taken)
+
     def _steps_alike(self) -> list[int]:
         """Steps taken by each optimizer, which must be as many on all ranks; of none while each trains alone."""
         return [] if self.trains_alone else [optimizer.num_steps for optimizer in self.optimizers]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -291,6 +291,15 @@ def meeting_store() -> tuple[int, int, dist.Store]:
     """This process's rank, the number of processes, and a store of theirs that no process group owns. Every rank."""
     placement = read_environment(os.environ)
     return placement.rank, placement.size, _store(placement, timedelta(minutes=30))
+
+
+def collectives_called() -> int:
+    """How many collectives this process has called in the job's group; 0 where its backend does not count them."""
+    try:
+        group: Any = dist.distributed_c10d._get_default_group()  # its annotations lack what counts
+        return int(group._get_sequence_number_for_group())
+    except (RuntimeError, ValueError):
+        return 0
 
 
 def shared_store(seconds: float) -> dist.Store:

@@ -94,6 +94,9 @@ class Settings:
     )
     data_ledger: bool = setting(False, "write down in project_dir which samples each rank was given at which step")
     detect_nonfinite: bool = setting(False, "stop where a NaN or an infinity first appears, and name the place")
+    hang_notice: int = setting(
+        60, "seconds that ranks wait in vain until one logs, once, where each of them is; 0 for never", minimum=0
+    )
     hang_timeout: int | None = setting(
         None, "seconds without progress after which all processes say where they wait, and end", minimum=1
     )

@@ -26,14 +26,16 @@ class Debugging:
         self._accumulation = accumulation
         self._nonfinite = NonfiniteSearch(accumulation) if settings.detect_nonfinite else None
         self._hangs: HangWatch | None = None
-        seconds, first = settings.hang_timeout, settings.first_step_timeout
+        notice, seconds, first = settings.hang_notice, settings.hang_timeout, settings.first_step_timeout
         if seconds is not None:
             first = max(300, seconds) if first is None else first
-            self._hangs = HangWatch(accumulation.world, timeout=seconds, first_step_timeout=first)
+            self._hangs = HangWatch(accumulation, notice=notice, timeout=seconds, first_step_timeout=first)
+        elif notice and accumulation.world.size > 1:
+            self._hangs = HangWatch(accumulation, notice=notice)
 
     def attach(self) -> None:
         """Listen to the loop, and look into the models that were prepared since the last call."""
-        for observer in (self._nonfinite, self._hangs):
+        for observer in (self._nonfinite, self._hangs if self._hangs is not None and self._hangs.ends else None):
             if observer is not None and observer not in self._accumulation.observers:  # new, or released
                 self._accumulation.observers.append(observer)
         if self._nonfinite is not None:

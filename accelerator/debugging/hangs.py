@@ -1,9 +1,10 @@
-"""A rank that waits for ever: every rank says where it is, one prints the table, and all end."""
+"""Ranks that wait in vain: one tells where each of them is, and where that was asked for, all end."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -11,19 +12,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from strategies import World
+from strategies.accumulation import Accumulation
 from strategies.observer import Observer
-from strategies.process_group import explain_lost_peer, shared_store
+from strategies.process_group import collectives_called, explain_lost_peer, shared_store
 
 from .flight import pending
+from .hang_table import Report, State, is_worth_telling, table, verdict
 from .position import Waits, locate, signature, stack_of
 
 if TYPE_CHECKING:
@@ -35,52 +37,55 @@ if TYPE_CHECKING:
 
 _ANSWER_SECONDS = 6.0  # torch takes some to tell what its flight recorder holds, and a full machine as long
 _STORE_SECONDS = 3.0
-State = Literal["waits", "left", "stopped", "gone", "silent"]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Where one rank is, as it last said. `since` is how long, in seconds, it has been there."""
-
-    rank: int
-    where: str
-    waits_in: str = ""
-    brought: str = ""
-    since: float = 0.0
-    state: State = "waits"
-    host: str = ""
-    pid: int = 0
+_LOOK_SECONDS = 1.0  # of an interval without limits, in which it looks again where nothing seemed to move
+_log = logging.getLogger("accelerator")
 
 
 class HangWatch(Observer):
-    """A thread that looks at the thread it was made in, and ends the process when no rank has moved for too long.
+    """A thread that looks at the thread it was made in, and tells of ranks that wait; it may end the process, too.
 
     Moving is: an event of the loop, another instruction, a blocking call that ended (`position.Waits`), or, on a
-    CPU, computing. Until the first optimizer step `first_step_timeout` seconds are allowed, then `timeout`. Each rank
-    writes where it is into the job's store as it goes, so that the place of one that stops answering is known too, and
-    into one key that it moved, which those that wait read. The first rank whose time is up asks all; those that live
-    answer, the lowest of them prints the table, and all end with exit code 1. Not a collective.
+    CPU, computing. Each rank writes where it is into the job's store as it goes, so that the place of one that stops
+    answering is known too, and into one key that it moved, which those that wait read.
+
+    Where no rank has moved for `notice` seconds (0: never), and some wait in a call that others are not in, one rank
+    logs the table, once for each such wait; it costs the loop nothing. With `timeout`, the loop is observed, looks are
+    frequent, and the first rank whose time is up asks all; those that live answer, the lowest of them prints the table,
+    and all end with exit code 1. Until the first optimizer step `first_step_timeout` seconds are allowed.
+    Not a collective.
     """
 
-    def __init__(self, world: World, *, timeout: int, first_step_timeout: int) -> None:
+    def __init__(
+        self, accumulation: Accumulation, *, notice: int, timeout: int | None = None, first_step_timeout: int = 0
+    ) -> None:
+        world = accumulation.world
+        self._accumulation = accumulation
         self._world = world
-        self._limits = (first_step_timeout, timeout)
+        self._notice_after = notice if world.size > 1 and notice else float("inf")
+        self._limits = (first_step_timeout, timeout) if timeout is not None else None
         self._watched = threading.get_ident()
         self._waits = Waits(threading.get_native_id() if world.device.type == "cpu" else None)
         self._events = 0
         self._stepped = False
         self._stop = threading.Event()
-        self._store: Store | None = shared_store(_STORE_SECONDS) if world.size > 1 else None
-        self._tell("at", self._report(0.0, detailed=False))
+        self._store: Store | None = None
+        if self._limits is not None:
+            self._connect()
         self._thread = threading.Thread(target=self._watch, name="accelerator-hang-watch", daemon=True)
         self._thread.start()
+
+    @property
+    def ends(self) -> bool:
+        """Whether it ends a job that does not move, for which it observes the loop."""
+        return self._limits is not None
 
     def stop(self) -> None:
         """Stop watching, because this rank leaves; the others will find that it did."""
         if self._stop.is_set():
             return
         self._stop.set()
-        self._thread.join(2 * _STORE_SECONDS)
+        if threading.current_thread() is not self._thread:  # in which an Accelerator that was dropped may be collected
+            self._thread.join(2 * _STORE_SECONDS)
         self._tell("at", replace(self._report(0.0, detailed=False), state="left"))
 
     # -- what the loop tells: that it moves -----------------------------------------------------------------
@@ -109,51 +114,90 @@ class HangWatch(Observer):
     # -- the thread ----------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        interval = min(max(min(self._limits) / 8, 0.1), 2.0)
-        last, moves, heard = self._seen(), 0, ""
+        if self._limits is not None:
+            interval, least = min(max(min(self._limits) / 8, 0.1), 2.0), 0.1
+        else:
+            interval, least = self._notice_after / 4, 0.01
+        last, moves, heard, told = self._seen(), 0, "", ""
         since = alive = time.monotonic()  # when this rank, and when any, was last seen to move
         used = self._seconds_used()
         while True:
             moved = self._moves_within(interval, last)
-            if self._stop.is_set():
+            if self._stop.is_set() or not self._connect():
                 return
             now, last = time.monotonic(), self._seen()
             computed = self._seconds_used() - used
             used += computed
-            if moved or computed > 0.1 * interval:
+            if moved or computed > least * interval:
                 since = alive = now
                 moves += 1
                 heard = f"{self._world.rank} {moves}"
                 self._put("moved", heard)
             elif (said := self._read("moved")) != heard:
                 alive, heard = now, said
-            self._tell("at", self._report(now - since, detailed=False))
-            late = now - alive > self._limits[self._stepped]
-            if not late and not self._has("asked"):
+            quiet = now - alive
+            self._tell(
+                "at", self._report(now - since, detailed=heard != told and quiet > self._notice_after - interval)
+            )
+            if heard != told and quiet > self._notice_after and self._notice(heard, round(quiet / interval)):
+                told = heard
+            if self._limits is None or (quiet <= self._limits[self._stepped] and not self._has("asked")):
                 continue
             if self._stop.is_set():
                 return
             self._tell("asked", None)
-            self._end(self._report(now - since, detailed=True))
+            self._end(self._report(now - since, detailed=True), self._limits[self._stepped])
 
     def _moves_within(self, interval: float, last: object) -> bool:
         """Look for `interval` seconds whether the thread is where it was; often, since it may return there each time.
 
         Looks are at random moments, and end with the first that finds it elsewhere: one that moves is seldom disturbed.
+        Without limits they begin shortly before the end.
         """
         end, moved = time.monotonic() + interval, False
+        if self._limits is None:
+            self._stop.wait(interval - _LOOK_SECONDS)
         while (left := end - time.monotonic()) > 0:
             if self._stop.wait(left if moved else min(left, random.uniform(0.01, 0.05))):
                 break
             moved = moved or self._seen() != last
         return moved
 
+    def _notice(self, heard: str, turn: int) -> bool:
+        """Log the table, unless another rank does, or they wait for what is long; whether it was told.
+
+        `heard` is the last move of any rank, the same on all: it names the wait. At each `turn` one rank asks.
+        """
+        if self._has(f"told/{heard}"):
+            return True
+        if not self._is_first(f"turn/{heard}/{turn}"):
+            return False
+        reports = [self._last_of(rank) for rank in range(self._world.size)]
+        if not is_worth_telling(reports) or not self._is_first(f"told/{heard}"):
+            return False
+        _log.warning(
+            "no rank has moved for %d s; they go on waiting. %s\n%s\n"
+            "hang_timeout=%d would end the job where this lasts; hang_notice=0 says nothing.",
+            self._notice_after,
+            verdict(reports),
+            table(reports),
+            2 * self._notice_after,
+        )
+        return True
+
+    def _last_of(self, rank: int) -> Report:
+        """What a rank said last, unless its process is known to do nothing."""
+        last = self._get(f"at/{rank}")
+        now = _missing(rank, last)
+        return last if last is not None and now.state == "silent" else now
+
     def _seen(self) -> object:
         """What stays the same as long as the thread does not move."""
         frames = stack_of(self._watched)  # not kept: they hold the tensors of the loop
         if any(frame.f_code is explain_lost_peer.__code__ for frame in frames):
             return object()  # ends by itself
-        return self._events, signature(frames), self._waits.ended(frames)
+        moves = self._events, self._accumulation.moves, collectives_called()
+        return moves, signature(frames), self._waits.ended(frames)
 
     def _seconds_used(self) -> float:
         """Of the processor, by the watched thread. Not known with an accelerator, whose driver waits by turning."""
@@ -162,15 +206,13 @@ class HangWatch(Observer):
 
     def _report(self, seconds: float, *, detailed: bool) -> Report:
         position = locate(stack_of(self._watched), detailed=detailed)
-        if detailed and not position.waits_in and (called := pending()):
-            position = replace(position, where=f"{position.where}, while {called} has not ended")
+        called = pending() if detailed and not position.waits_in else ""
         host, pid = socket.gethostname(), os.getpid()
-        return Report(self._world.rank, **asdict(position), since=round(seconds, 1), host=host, pid=pid)
+        return Report(self._world.rank, **asdict(position), called=called, since=round(seconds, 1), host=host, pid=pid)
 
-    def _end(self, mine: Report) -> None:
+    def _end(self, mine: Report, limit: int) -> None:
         self._tell("is", mine)
         reports = self._collect(mine)
-        limit = self._limits[self._stepped]
         told = f"HangError: no progress for {limit} s. {verdict(list(reports.values()))}"
         answered = [rank for rank, report in reports.items() if report.state == "waits"]
         leads = mine.rank == min(answered)
@@ -205,6 +247,14 @@ class HangWatch(Observer):
 
     # -- the store: lost with its host, in which case this rank is on its own ---------------------------------
 
+    def _connect(self) -> bool:
+        """Have a connection to the store of a job of several; whether there is one to have."""
+        if self._store is None and self._world.size > 1:
+            with contextlib.suppress(RuntimeError, ValueError):  # the group was left
+                self._store = shared_store(_STORE_SECONDS)
+                self._tell("at", self._report(0.0, detailed=False))
+        return self._store is not None or self._world.size == 1
+
     def _tell(self, what: str, report: Report | None) -> None:
         key = what + (f"/{report.rank}" if report is not None else "")
         self._put(key, json.dumps(asdict(report)) if report is not None else "1")
@@ -218,6 +268,13 @@ class HangWatch(Observer):
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 return bool(self._store.check([f"accelerator/hang/{what}"]))
+        return False
+
+    def _is_first(self, what: str) -> bool:
+        """Whether no rank has asked so before."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                return int(self._store.add(f"accelerator/hang/{what}", 1)) == 1
         return False
 
     def _get(self, what: str) -> Report | None:
@@ -235,57 +292,6 @@ class HangWatch(Observer):
         deadline = time.monotonic() + seconds
         while not done() and time.monotonic() < deadline:
             time.sleep(0.05)
-
-
-def verdict(reports: list[Report]) -> str:
-    """Who waits where for whom, in one or two sentences."""
-    waiting = [one for one in reports if one.state == "waits" and one.waits_in]
-    elsewhere = [one for one in reports if one not in waiting]
-    if waiting and elsewhere:
-        return f"{_places(waiting)}. {'; '.join(_absent(one) for one in elsewhere)}."
-    if not waiting:
-        return f"{'; '.join(_absent(one) for one in reports)}."
-    if len({(one.waits_in, one.where) for one in waiting}) > 1:
-        return f"Ranks wait in different collectives: {_places(waiting)}."
-    if len({one.brought for one in waiting}) > 1:
-        brought = "; ".join(f"rank {one.rank}: {one.brought}" for one in waiting)
-        return f"{_places(waiting)}, to which they brought different tensors ({brought})."
-    return f"{_places(waiting)}, and none is missing: look at the network and the devices."
-
-
-def table(reports: list[Report]) -> str:
-    """One line per rank."""
-    rows = [("rank", "waits in", "for", "at")]
-    for one in reports:
-        state = one.waits_in or "no collective" if one.state == "waits" else one.state
-        brought = f" of {one.brought}" if one.brought else ""
-        rows.append((str(one.rank), state + brought, f"{one.since:.0f} s", one.where))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
-    )
-
-
-def _places(waiting: list[Report]) -> str:
-    by_place: dict[tuple[str, str], list[int]] = {}
-    for one in waiting:
-        by_place.setdefault((one.waits_in, one.where), []).append(one.rank)
-    return "; ".join(
-        f"{'Ranks' if len(ranks) > 1 else 'Rank'} {', '.join(map(str, ranks))} wait{'' if len(ranks) > 1 else 's'} in "
-        f"{waits_in} at {where}"
-        for (waits_in, where), ranks in by_place.items()
-    )
-
-
-def _absent(one: Report) -> str:
-    words: Mapping[str, str] = {
-        "waits": f"is in no collective, at {one.where}",
-        "left": f"left the job, at {one.where}",
-        "stopped": f"is stopped (SIGSTOP, a debugger, or ctrl-z), last seen at {one.where}",
-        "gone": f"is gone, last seen at {one.where}",
-        "silent": f"does not answer, last seen at {one.where}",
-    }
-    return f"Rank {one.rank} {words[one.state]}"
 
 
 def _missing(rank: int, last: Report | None) -> Report:

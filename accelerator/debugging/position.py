@@ -33,16 +33,25 @@ _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 _BROUGHT = ("tensor", "input_tensor", "input", "input_list", "tensor_list", "input_tensor_list", "scatter_list")
 _NO_COLLECTIVES = frozenset({"init_process_group", "destroy_process_group", "wrapper", "func_return"})
 _HEADERS = frozenset({"all_gather_integers", "all_gather_objects"})
-_SAID_AS = {"__enter__": "accumulate", "iterate": "next batch", "__call__": "forward"}
+_SAID_AS = {
+    "__enter__": "accumulate",
+    "iterate": "next batch",
+    "__call__": "forward",
+    "first": "main_process_first",
+}
 
 
 @dataclass(frozen=True)
 class Position:
-    """`where` is file, line and function; `waits_in` a collective, or empty; `brought` the tensors given to it."""
+    """`where` is file, line and function; `waits_in` a collective, or empty; `brought` the tensors given to it.
+
+    `inside` is the method of this library that the line called, or empty.
+    """
 
     where: str
     waits_in: str = ""
     brought: str = ""
+    inside: str = ""
 
 
 def stack_of(thread: int) -> list[FrameType]:
@@ -103,8 +112,8 @@ def locate(frames: list[FrameType], *, detailed: bool = False) -> Position:
     return Position("no line of the script: it ended, or has not begun", *_collective(inside, detailed=detailed))
 
 
-def _collective(inside: list[FrameType], *, detailed: bool) -> tuple[str, str]:
-    """Its name, as the script and as torch call it, and what this rank brought; `inside` are innermost first.
+def _collective(inside: list[FrameType], *, detailed: bool) -> tuple[str, str, str]:
+    """Its name, as the script and as torch call it, what this rank brought, and the method; frames innermost first.
 
     What was brought to a method of ours is its `tree`: what torch got may be a header that goes before.
     """
@@ -122,13 +131,13 @@ def _collective(inside: list[FrameType], *, detailed: bool) -> tuple[str, str]:
             operation = name
             brought = _brought(frame) if detailed and not brought else brought
         is_backward |= name == "_engine_run_backward"
-    if not operation and not is_backward:
-        return "", ""
     called = names[-1] if names else ""
+    if not operation and not is_backward:
+        return "", "", called
     words = [word for word in (called, operation) if word]
     if is_backward and "backward" not in words:
         words.insert(0, "backward")
-    return words[0] + (f" ({words[1]})" if len(words) > 1 and words[1] != words[0] else ""), brought
+    return words[0] + (f" ({words[1]})" if len(words) > 1 and words[1] != words[0] else ""), brought, called
 
 
 def _brought(frame: FrameType) -> str:

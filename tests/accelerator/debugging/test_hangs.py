@@ -1,4 +1,4 @@
-"""Six ways to wait for ever: the rank and the line are named, and every process ends."""
+"""Six ways to wait for ever: the rank and the line are named, and with `hang_timeout` every process ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from accelerator import Accelerator
-from accelerator.debugging.hangs import Report, table, verdict
+from accelerator.debugging.hang_table import Report, table, verdict
 from fresh_process import FreshProcesses
 from rank_pool import RankPool
 from strategies import DDP, ConfigurationError, PeerLostError, ShapeMismatchError
