@@ -48,6 +48,11 @@ class Weighting:
         self._last: float | Tensor = 0.0
         self._left: float | None = None  # samples that a restored window was still to have
 
+    @property
+    def is_deferred(self) -> bool:
+        """Whether gradients are to be rescaled when the window closes."""
+        return self._deferred
+
     def begin(self, cursor: Cursor | None, steps: int) -> None:
         """Begin a window of at most `steps` micro-batches, the first of which `cursor` holds."""
         self._num_parts = steps * self._world.size

@@ -18,6 +18,7 @@ from .process_group import explain_lost_peer, named_failures
 from .scaling import LossScaler
 from .shards import local
 from .sources import Cursor
+from .untouched import Untouched
 from .weighting import Weighting
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Window:
         self._loader: DataLoader[Any] | None = None
         self._contexts: list[AbstractContextManager[Any]] = []  # not an ExitStack: those cost 2 us a micro-batch
         self._frozen: list[Tensor] = []
+        self._untouched = Untouched(self.optimizers)
         self._cannot_go_on: StepError | None = None
         self._restored = False  # whether its first micro-batches were in another process
         self._expected: DataLoaderLink | None = None  # the loader that then gives the next one
@@ -143,6 +145,7 @@ class Window:
             raise StepError(_what_is_wrong(loss, bool(self._frozen)))
         if self._synchronises:
             self._check_forward()
+        self._untouched.check(is_open=True)
         if self._cursor is None and self._shares_weight:
             self.accumulation.sources.refuse_kept(weighed=weight is not None)
         factor = self.weighting.factor(self._cursor, weight, again=self.num_backward > 0)
@@ -164,6 +167,8 @@ class Window:
             if lost is None:
                 raise
             raise lost from error
+        if self.scaler is not None or self.weighting.is_deferred or self.count + 2 == self.steps:
+            self._untouched.look()
         for observer in self.accumulation.observers:
             observer.backward_ended(self, loss)
 
@@ -241,6 +246,7 @@ class Window:
                 "step there (the window then stays open for the next one), or give backward() a loss of weight=0."
             )
         if not self._finished:
+            self._untouched.check(is_open=False)
             if self._synchronises:
                 with named_failures(self.accumulation.world):
                     self._reduce()
@@ -307,6 +313,7 @@ class Window:
         self._correction = None
         self._finished.clear()
         self._done.clear()
+        self._untouched.forget()
         self.stepped.clear()
         self.count = 0
 
