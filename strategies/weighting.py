@@ -175,10 +175,12 @@ class Weighting:
             self._reference = 1.0
             return float(weight > 0) if isinstance(weight, float) else (weight > 0).to(weight)
         if self._reference is None:
-            mean = float(collectives.sum_scalar(weight, self._world, _CALL)) / self._world.size
-            if mean > 0:
-                self.unit = mean
-                self._reference = mean * self._num_parts
+            mean = collectives.sum_scalar(weight, self._world, _CALL) / self._world.size
+            if isinstance(weight, Tensor) and weight.device.type == "xla":  # a read would cut the window's program
+                self.unit = torch.where(mean > 0, mean, torch.ones_like(mean))
+            elif mean > 0:
+                self.unit = float(mean)
+            self._reference = None if self.unit is None else self.unit * self._num_parts
         return weight
 
 

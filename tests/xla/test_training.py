@@ -52,9 +52,9 @@ def test_a_window_is_one_program(of: Of, part: str) -> None:
     assert costs[6:] == [(0, 1)] * 6
 
 
-def test_explicit_weights_cost_one_more_program_in_the_first_window(of: Of) -> None:
+def test_explicit_weights_cost_no_further_program(of: Of) -> None:
     costs = [tuple(cost) for cost in of("by_tokens")["costs"]]
-    assert costs[:4] == [(2, 2), (1, 1), (0, 1), (0, 1)]
+    assert costs[:4] == [(1, 1), (1, 1), (0, 1), (0, 1)]
     assert costs[6:] == [(0, 1)] * 6
 
 
