@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
 from .errors import LaunchError
 from .process_group import read_environment
+
+_log = logging.getLogger("accelerator")
 
 
 def start(strategy: str, *, wants_mesh: bool) -> tuple[torch.device, int]:
@@ -106,7 +111,7 @@ def refuse_several_hosts(strategy: str, num_processes: int) -> None:
 
 
 def _import(strategy: str) -> None:
-    chosen = os.environ.get("PJRT_DEVICE")
+    chosen, was_there = os.environ.get("PJRT_DEVICE"), "torch_xla" in sys.modules
     try:
         import torch_xla  # noqa: F401  # an import that fails must fail here
     except ImportError as error:
@@ -121,6 +126,22 @@ def _import(strategy: str) -> None:
             f"{strategy} found no TPU on this host, and torch_xla would take the CPU instead. Set PJRT_DEVICE=CPU to "
             "mean that (CPU_NUM_DEVICES is how many), or run on a host with a TPU and libtpu."
         )
+    if was_there and chosen == "CPU" and _was_set_since_the_start("PJRT_DEVICE"):
+        _log.warning(
+            "%s runs on the CPU: PJRT_DEVICE=CPU was set in this process. If the script did so, all is well. Else "
+            "torch_xla did, which was imported before the Accelerator was constructed and found no TPU. Set "
+            "PJRT_DEVICE where the process is started.",
+            strategy,
+        )
+
+
+def _was_set_since_the_start(variable: str) -> bool:
+    """Whether this process began without `variable`; False where the system does not tell."""
+    try:
+        began_with = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return not any(entry.startswith(f"{variable}=".encode()) for entry in began_with)
 
 
 def _installed() -> str:

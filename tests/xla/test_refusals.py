@@ -193,6 +193,14 @@ def test_hardware_that_is_not_there_is_an_error_and_never_the_cpu(fresh: FreshPr
     assert all(line.startswith(NO_DEVICE[asked]) for line in said), finished.stdout + finished.stderr
 
 
+@pytest.mark.parametrize("asked", [None, "CPU"])
+def test_a_cpu_that_torch_xla_chose_before_is_told(fresh: FreshProcesses, asked: str | None) -> None:
+    script = "import torch_xla\nfrom accelerator import Accelerator\nprint(Accelerator('xla').device.type)\n"
+    (finished,) = fresh(script, timeout=200, env={"PJRT_DEVICE": asked})
+    assert finished.stdout == "xla\n", finished.stderr
+    assert ("XLA runs on the CPU: PJRT_DEVICE=CPU was set in this process" in finished.stderr) == (asked is None)
+
+
 def test_the_doctor_names_the_hardware(fresh: FreshProcesses) -> None:
     (finished,) = fresh(["-m", "accelerator", "doctor", "--strategy", "xla"], timeout=200)
     assert finished.returncode == 0, finished.stdout + finished.stderr
