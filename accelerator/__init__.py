@@ -24,7 +24,6 @@ if _TYPE_CHECKING:
     from .ema import EMA
     from .launch import notebook_launcher
     from .local_sgd import LocalSGD
-    from .padding import PadBatches
 
 __all__ = [
     "CPU",
@@ -34,7 +33,6 @@ __all__ = [
     "Accelerator",
     "AcceleratorError",
     "LocalSGD",
-    "PadBatches",
     "SingleDevice",
     "Strategy",
     "find_executable_batch_size",
@@ -46,7 +44,6 @@ __version__ = "0.1.0"
 _WHERE = {  # what most scripts do not use is imported when it is asked for
     "EMA": "ema",
     "LocalSGD": "local_sgd",
-    "PadBatches": "padding",
     "find_executable_batch_size": "batch_size",
     "notebook_launcher": "launch",
 }

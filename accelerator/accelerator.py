@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from strategies import Precision, Strategy, clipping, collectives
+from strategies import Precision, Strategy, clipping
 from strategies.accumulation import Accumulation
 from strategies.errors import AcceleratorError, PrepareError, StateError
+from strategies.gathering import gather_samples
 from strategies.prepared import View, prepare
 from strategies.recording import default_dtype
 
@@ -51,6 +52,7 @@ class Accelerator(Ranks):
     - `global_batch_size`: samples per optimizer step over all ranks; the accumulation steps follow from it.
     - `split_batches`: whether a loader's `batch_size` is that of all ranks together instead of each rank's.
     - `dispatch_batches`: whether rank 0 alone reads iterable datasets, and sends the others their batches.
+    - `pad_batches`: whether short batches are filled up with ghosts: repeated samples, which count nothing.
     - `seed_samples`: whether the random draws of a sample depend on seed, epoch and index alone.
     - `seed`: of Python's, NumPy's and torch's generators and of the order of the data.
     - `project_dir`: where the run's files go, and where `accelerator.toml` is looked for.
@@ -75,6 +77,7 @@ class Accelerator(Ranks):
         global_batch_size: int | NotGiven | None = NOT_GIVEN,
         split_batches: bool | NotGiven = NOT_GIVEN,
         dispatch_batches: bool | NotGiven = NOT_GIVEN,
+        pad_batches: bool | NotGiven = NOT_GIVEN,
         seed_samples: bool | NotGiven = NOT_GIVEN,
         seed: int | NotGiven | None = NOT_GIVEN,
         project_dir: str | os.PathLike[str] | NotGiven | None = NOT_GIVEN,
@@ -88,29 +91,14 @@ class Accelerator(Ranks):
         first_step_timeout: int | NotGiven | None = NOT_GIVEN,
         config: str | os.PathLike[str] | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "config", "__class__")}
         from .checkpoint import Checkpoints  # what a run is made of is imported where one begins
         from .debugging import Debugging
         from .record import Record, chosen_trackers, names_of, values_of
 
-        code = given(
-            strategy=strategy,
-            mixed_precision=mixed_precision,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            global_batch_size=global_batch_size,
-            split_batches=split_batches,
-            dispatch_batches=dispatch_batches,
-            seed_samples=seed_samples,
-            seed=seed,
-            project_dir=project_dir if isinstance(project_dir, NotGiven | None) else os.fspath(project_dir),
-            trackers=trackers if isinstance(trackers, NotGiven) else names_of(trackers),
-            data_ledger=data_ledger,
-            timers=timers,
-            count_flops=count_flops,
-            detect_nonfinite=detect_nonfinite,
-            hang_notice=hang_notice,
-            hang_timeout=hang_timeout,
-            first_step_timeout=first_step_timeout,
-        )
+        arguments["project_dir"] = project_dir if isinstance(project_dir, NotGiven | None) else os.fspath(project_dir)
+        arguments["trackers"] = trackers if isinstance(trackers, NotGiven) else names_of(trackers)
+        code = given(**arguments)
         self._resolved = resolve_settings(code, config=config, environ=os.environ, directory=Path.cwd())
         self._settings = self._resolved.settings
         precision = Precision(self._settings.mixed_precision)
@@ -182,12 +170,15 @@ class Accelerator(Ranks):
         return self._accumulation.window(models).on(loader)
 
     def backward(self, loss: Tensor, *, weight: float | Tensor | None = None, **arguments: Any) -> None:
-        """Backward of `loss`, a scalar: the mean over the samples of this micro-batch on this rank.
+        """Backward of `loss`: the mean over the samples of this micro-batch on this rank, or a loss for each of them.
 
-        The loss is weighted so that the gradient at the optimizer's step is that of the mean over all samples of
+        It is weighted so that the gradient at the optimizer's step is that of the mean over all samples of
         the window, over all ranks. `weight`, a number >= 0 or scalar tensor, is the count of what `loss` is a mean
         over where that is not samples (tokens, pixels): it costs one small all-reduce per window.
-        `arguments` go to `Tensor.backward`. Raises `StepError` for a loss that is no scalar or has no gradient,
+
+        Of losses of shape (batch,) the mean is taken here; with `pad_batches` ghosts are left out of it, and a scalar
+        is an error. A `weight` of their own shape, (batch,) or (batch, tokens), has it be the mean weighted by that.
+        `arguments` go to `Tensor.backward`. Raises `StepError` for a loss of another shape or without a gradient,
         and outside `accumulate` where gradients are to be accumulated.
         """
         window = self._accumulation.current or self._accumulation.window_alone()
@@ -257,11 +248,12 @@ class Accelerator(Ranks):
 
         Tensors of any nesting may have any length along dimension 0 on each rank; scalars become one value per
         rank that had samples. Lists of other objects are concatenated, with `use_gather_object` those of tensors too.
-        What a rank computed from a repeated sample, because the batch had none for it, is left out. Collective.
+        What was computed from a repeated sample, because the batch had none for a rank, or was short under
+        `pad_batches`, is left out; in a loop that trains under `pad_batches`, values have a row per sample. Collective.
         `loader` says which prepared loader the values belong to, where loops are nested and sizes do not tell.
         """
-        keep = self._accumulation.sources.keeps(input_data, loader)
-        return collectives.gather_uneven(input_data, self._world, keep=keep, as_objects=use_gather_object)
+        sources = self._accumulation.sources
+        return gather_samples(input_data, sources, self._world, loader, as_objects=use_gather_object)
 
     # -- around the loop -----------------------------------------------------------------------------------
 

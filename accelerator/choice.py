@@ -19,6 +19,7 @@ _ALIKE = (
     "split_batches",
     "dispatch_batches",
     "seed_samples",
+    "pad_batches",
     "detect_nonfinite",
 )
 
@@ -55,6 +56,7 @@ def options_of(settings: Settings) -> DataOptions:
         split_batches=settings.split_batches,
         dispatch_batches=settings.dispatch_batches,
         seed_samples=settings.seed_samples,
+        pad_batches=settings.pad_batches,
     )
 
 

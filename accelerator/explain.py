@@ -76,6 +76,7 @@ def explain(resolved: Resolved, name: str, accumulation: Accumulation, arithmeti
             str(settings.dispatch_batches),
             origins["dispatch_batches"],
         ),
+        Row("pad_batches", str(settings.pad_batches), str(settings.pad_batches), origins["pad_batches"]),
         Row("seed_samples", str(settings.seed_samples), str(settings.seed_samples), origins["seed_samples"]),
         Row("seed", str(settings.seed), _seed(settings.seed), origins["seed"]),
         Row("project_dir", str(settings.project_dir), str(settings.project_dir), origins["project_dir"]),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.utils.data import Sampler
 
 _ROUNDS = 6
@@ -136,6 +137,10 @@ class Plan(ABC):
     def has_ghosts(self) -> bool:
         """Whether some rank has nothing in some global batch."""
 
+    def padded_size(self, rank: int) -> int | None:
+        """How long every batch of `rank` is made with ghosts, repeated samples of weight zero; `None`: not at all."""
+        return None
+
 
 @dataclass(frozen=True)
 class Cut(Plan):
@@ -144,6 +149,7 @@ class Cut(Plan):
     Global batch k holds the positions from start + k * global_batch on; the last one may be shorter, or is
     left out with `drop_last`. A batch of m samples is cut into contiguous slices, rank by rank, whose lengths
     differ by at most one: in a tail of fewer samples than ranks the last ranks have none.
+    `padded`: slices of a short batch are filled up with ghosts.
     """
 
     length: int
@@ -152,6 +158,7 @@ class Cut(Plan):
     drop_last: bool
     start: int = 0
     counts_samples: bool = True
+    padded: bool = False
 
     @property
     def num_batches(self) -> int:
@@ -187,6 +194,11 @@ class Cut(Plan):
     def has_ghosts(self) -> bool:
         """Whether the last global batch has fewer samples than ranks."""
         return self.num_batches > 0 and self.samples(self.num_batches - 1) < self.world_size
+
+    def padded_size(self, rank: int) -> int | None:
+        """The size of a full batch on `rank`."""
+        each, more = divmod(self.global_batch, self.world_size)
+        return each + (rank < more) if self.padded else None
 
     def bounds(self, batch: int, rank: int) -> tuple[int, int]:
         """Positions [start, stop) of the epoch's order that `rank` takes of global batch `batch`."""
@@ -282,10 +294,12 @@ class ShardedBatchSampler(Sampler[list[Any]]):
 
     Where the rank has nothing left in the last global batch it yields a ghost: the first sample of that
     global batch again, to be computed with weight zero, so that every rank takes the same number of steps.
+    With `pads` a short batch has its first sample again until it is full, in passes with gradients.
     """
 
-    def __init__(self, cut: Cut, rank: int, order: Order) -> None:
+    def __init__(self, cut: Cut, rank: int, order: Order, *, pads: bool = False) -> None:
         self.cut = cut
+        self.pads = pads
         self.rank = rank
         self.order = order
         self.epoch = 0
@@ -297,7 +311,7 @@ class ShardedBatchSampler(Sampler[list[Any]]):
     def begin(self, epoch: int, start: int) -> Cut:
         """Set the epoch of the next pass and the position it begins at. Returns its plan."""
         self.epoch = epoch
-        self.cut = replace(self.cut, start=start)
+        self.cut = replace(self.cut, start=start, padded=self.pads and torch.is_grad_enabled())
         self.order.begin(epoch)
         return self.cut
 
@@ -317,7 +331,8 @@ class ShardedBatchSampler(Sampler[list[Any]]):
             if start == stop:
                 start = cut.start + num_full * cut.global_batch
                 stop = start + 1
-            yield self.order.indices(np.arange(start, stop, dtype=np.int64), epoch)
+            last = self.order.indices(np.arange(start, stop, dtype=np.int64), epoch)
+            yield last + last[:1] * ((cut.padded_size(self.rank) or 0) - len(last))
 
     def _computed(self, cut: Cut, epoch: int, within: npt.NDArray[np.int64]) -> Iterator[list[Any]]:
         """The full batches, computed in blocks; `within` are the positions of this rank in the first: (samples,)."""

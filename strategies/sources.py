@@ -16,7 +16,7 @@ from . import collectives
 from .errors import DataError, StepError
 from .process_group import leave_last_words, take_back_last_words
 from .sharding import Cut, Plan
-from .tree import iterate_tensors, num_samples
+from .tree import iterate_tensors
 from .world import World
 
 
@@ -26,7 +26,7 @@ class Cursor:
     `index` is the number of the global batch that the loop holds, -1 before the first. `cut` is the plan of the
     pass, `None` for a stream, whose end is not known. `samples_seen` is the size of the batch in hand where the
     plan does not say it; else that of this rank's part of a full one. `sizes` are those of all ranks, for a
-    stream on several.
+    stream on several. `padded_to` is the length of every batch where short ones are filled up with ghosts.
     """
 
     __slots__ = (
@@ -48,6 +48,7 @@ class Cursor:
         "last_trained",
         "mean_samples",
         "num_trained",
+        "padded_to",
         "rank",
         "samples_seen",
         "seed",
@@ -83,6 +84,7 @@ class Cursor:
         self.sizes: tuple[int, ...] | None = None
         self.mean_samples = 0.0  # of a batch on one rank where the plan does not say it; the same on all ranks
         self.had_ghosts = cut is not None and cut.has_ghosts
+        self.padded_to = cut.padded_size(world.rank) if cut is not None else None
         self.grad_enabled = False
         self.num_trained = 0
         self.last_trained = -1
@@ -104,15 +106,9 @@ class Cursor:
         return self.cut.local_samples(self.index, self.rank)
 
     def size_on(self, rank: int) -> int:
-        """How many samples the batch in hand really has on `rank`: one where it is a ghost. -1 if nobody knows.
-
-        A `collate_fn` that makes all batches of one length tells it as `pads_to`.
-        """
-        padded: int | None = getattr(getattr(self.loader, "collate_fn", None), "pads_to", None)
-        if padded is not None:
-            return padded
+        """How many rows the batch in hand really has on `rank`: one where it is a ghost. -1 if nobody knows."""
         if self.is_planned and self.cut is not None:
-            return max(1, self.cut.local_samples(self.index, rank))
+            return self.cut.padded_size(rank) or max(1, self.cut.local_samples(self.index, rank))
         if self.sizes is not None:
             return self.sizes[rank] or -1
         return self.samples_seen if self.verified and self.cut is None else -1
@@ -274,24 +270,6 @@ class Sources:
                 if [cursor.size_on(rank) for rank in range(self._world.size)] == sizes:
                     return cursor
         return inside[0]
-
-    def keeps(self, values: Any, loader: DataLoader[Any] | None) -> bool:
-        """Whether what this rank computed is of samples that count: not of a ghost. Collective.
-
-        Raises `DataError` where nobody can tell any longer.
-        """
-        size = num_samples(values)
-        cursor = self.measuring(len(values) if size is None and isinstance(values, list) else size, loader)
-        if cursor is None:
-            return True
-        self.verify(cursor)
-        if not self.is_open(cursor) and cursor.finished and cursor.had_ghosts:
-            raise DataError(
-                "gather_for_metrics was called after the loop over its loader had ended, where values of repeated "
-                "samples can no longer be told from others. Call it inside the loop, for each batch; "
-                "for a value of your own, such as a count, use reduce or gather."
-            )
-        return not cursor.is_ghost
 
     def refuse_kept(self, *, weighed: bool) -> None:
         """Raise `StepError` where the loop trains on batches that it kept from a pass that has ended.

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from .base import NOTHING
 from .errors import StepError
+from .losses import as_input, is_mean, mean_loss
 from .process_group import explain_lost_peer, named_failures
 from .scaling import LossScaler
 from .shards import local
@@ -140,28 +141,25 @@ class Window:
         self._become_latest()
 
     def backward(self, loss: Tensor, weight: float | Tensor | None, arguments: dict[str, Any]) -> None:
-        """Run backward of `loss`, a mean over the samples of this micro-batch, with its weight in the window."""
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad or loss.is_complex():
-            raise StepError(_what_is_wrong(loss, bool(self._frozen)))
+        """Run backward of `loss`, with its weight in the window: a mean over this micro-batch, or a loss per sample."""
+        cursor = self._cursor
+        padded = cursor is not None and cursor.padded_to is not None
+        if padded or not is_mean(loss):
+            models = [model.original for model in self.models]
+            loss, weight = mean_loss(loss, weight, cursor, models, frozen=bool(self._frozen))
         if self._synchronises:
             self._check_forward()
         self._untouched.check(is_open=True)
-        if self._cursor is None and self._shares_weight:
+        if cursor is None and self._shares_weight:
             self.accumulation.sources.refuse_kept(weighed=weight is not None)
-        factor = self.weighting.factor(self._cursor, weight, again=self.num_backward > 0)
+        factor = self.weighting.factor(cursor, weight, again=self.num_backward > 0)
+        if padded and not isinstance(factor, Tensor):
+            factor = as_input(torch.tensor([factor], dtype=torch.float64), loss)
         self.num_backward += 1
         for observer in self.accumulation.observers:
             observer.backward_begun(self, loss)
         try:
-            if self.scaler is not None:
-                factor = factor.float() if isinstance(factor, Tensor) else factor
-                self.scaler.scale(loss * factor).backward(**arguments)
-            elif isinstance(factor, Tensor):
-                loss.backward(factor.to(loss).reshape(loss.shape), **arguments)
-            elif factor == 1.0:
-                loss.backward(**arguments)
-            else:
-                loss.backward(loss.new_full(loss.shape, factor), **arguments)
+            self._run_backward(loss, factor, arguments)
         except RuntimeError as error:
             lost = explain_lost_peer(self.accumulation.world, error)
             if lost is None:
@@ -171,6 +169,17 @@ class Window:
             self._untouched.look()
         for observer in self.accumulation.observers:
             observer.backward_ended(self, loss)
+
+    def _run_backward(self, loss: Tensor, factor: float | Tensor, arguments: dict[str, Any]) -> None:
+        if self.scaler is not None:
+            factor = factor.float() if isinstance(factor, Tensor) else factor
+            self.scaler.scale(loss * factor).backward(**arguments)
+        elif isinstance(factor, Tensor):
+            loss.backward(factor.to(loss).reshape(loss.shape), **arguments)
+        elif factor == 1.0:
+            loss.backward(**arguments)
+        else:
+            loss.backward(loss.new_full(loss.shape, factor), **arguments)
 
     def state_dict(self) -> dict[str, Any]:
         """What an open window is on this rank, less its gradients: numbers, and the loader that it takes from."""
@@ -373,21 +382,3 @@ class Window:
         self._frozen.clear()
         for model in self.accumulation.models:
             model.bypass = False
-
-
-def _what_is_wrong(loss: Any, frozen: bool) -> str:
-    if not isinstance(loss, Tensor):
-        return f"loss is {type(loss).__name__}; expected a scalar tensor with a gradient (not its .item())"
-    if loss.numel() != 1:
-        return f"loss has shape {tuple(loss.shape)}; expected a scalar: the mean over the samples of this micro-batch"
-    if loss.is_complex():
-        return f"loss is a complex number ({loss.dtype}); expected a real one, such as its .abs() or .real"
-    if frozen:
-        return (
-            "loss carries no gradient. Is it a loss of a model that accumulate() does not name? Name all that it "
-            "trains: accumulate(first, second)."
-        )
-    return (
-        "loss carries no gradient. Was it detached, computed under torch.no_grad(), or by a model without "
-        "trainable parameters?"
-    )

@@ -84,6 +84,7 @@ class Settings:
     )
     split_batches: bool = setting(False, "the loader's batch size is that of all processes together")
     dispatch_batches: bool = setting(False, "rank 0 alone reads iterable datasets and sends the others their batches")
+    pad_batches: bool = setting(False, "short batches are filled up with ghosts, samples repeated that count nothing")
     seed_samples: bool = setting(False, "the random draws of a sample depend on seed, epoch and index alone")
     seed: int | None = setting(
         None, "seed of every random number generator and of the order of the data", minimum=0, maximum=2**64 - 1

@@ -23,7 +23,7 @@ from ..tree import num_samples
 from .agreement import Seed
 from .options import DataOptions
 from .position import Position, describe, describe_stream, is_at_end, read, read_stream
-from .sampling import PlannedSampler, length_now, sampler_for
+from .sampling import PlannedSampler, length_now, refuse_unpadded, sampler_for
 from .stream import Stream
 from .view import View, make_view
 
@@ -47,13 +47,14 @@ class DataLoaderLink:
         *,
         seed: Seed,
         global_batch_size: int | None,
-        seeds_samples: bool = False,
+        options: DataOptions,
     ) -> None:
         self.original = original
         self.accumulation = accumulation
         self.source = source
         self.global_batch_size = global_batch_size
-        self.seeds_samples = seeds_samples
+        self.seeds_samples = options.seed_samples
+        self._pads = options.pad_batches
         self._seed = seed
         self._begin = Position()  # of the next pass, unless the last one counts
         self._last: Cursor | None = None
@@ -116,6 +117,7 @@ class DataLoaderLink:
         """One pass over this rank's batches, keeping the loop's position for the weights of its windows."""
         accumulation, source = self.accumulation, self.source
         sources, world, observers = accumulation.sources, accumulation.world, accumulation.observers
+        refuse_unpadded(self.original, source, pads=self._pads)
         self._begin = self._next_begin()
         begin = self._begin.entered(trains=torch.is_grad_enabled())
         cut, seed, digest = None, self._seed.value, 0
@@ -289,6 +291,13 @@ class DataLoaderLink:
 
     def _check_trained(self, cursor: Cursor) -> None:
         missed = cursor.index + 1 - cursor.num_trained
+        cut = cursor.cut
+        if isinstance(cut, Cut) and cut.padded and cut.num_batches > cut.num_full and not cursor.num_trained:
+            raise DataError(
+                f"pad_batches=True filled the last batch of the loader over {type(self.original.dataset).__name__} up "
+                "with ghosts, and nothing was trained on: what this loop counted has them in it. Take batches that are "
+                "not for training under torch.no_grad(), where they keep their lengths."
+            )
         if cursor.num_trained and missed:
             warnings.warn(
                 f"{missed} of the {cursor.index + 1} batches of this epoch were taken but not trained on. If the loop "
@@ -368,30 +377,16 @@ def prepare_dataloader(loader: DataLoader[Any], accumulation: Accumulation, *, o
     Raises `DataError` for a loader that cannot be cut so that every sample is seen once.
     """
     world = accumulation.world
-    split_batches = options.split_batches
-    sampler = sampler_for(
-        loader, world, split_batches=split_batches, seed=seed.value, seed_samples=options.seed_samples
-    )
-    if sampler is None and options.seed_samples:
-        raise DataError(
-            f"seed_samples=True, and the samples of {type(loader.dataset).__name__} have no index: it is an iterable "
-            "dataset, or its sampler has no length. Draw from a generator seeded by what a sample holds, or use "
-            "seed_samples=False."
-        )
-    if sampler is None and split_batches and world.size > 1:
-        raise DataError(
-            f"{type(loader.dataset).__name__} is an iterable dataset and split_batches=True. Processes read their own "
-            "batches of it: use split_batches=False and a batch_size for each process."
-        )
+    sampler = sampler_for(loader, world, seed=seed.value, options=options)
     source = sampler or Stream(loader, world, seed.value, dispatch=options.dispatch_batches)
     copied = object.__new__(type(loader))
     copied.__dict__.update(loader.__dict__)
     copied.__dict__["_iterator"] = None  # persistent workers belong to one loader
     if sampler is not None:
         copied.__dict__["sampler" if loader.batch_sampler is None else "batch_sampler"] = sampler
-    together = loader.batch_size if split_batches or loader.batch_size is None else loader.batch_size * world.size
-    link = DataLoaderLink(
-        loader, accumulation, source, seed=seed, global_batch_size=together, seeds_samples=options.seed_samples
-    )
+    together = loader.batch_size
+    if together is not None and not options.split_batches:
+        together *= world.size
+    link = DataLoaderLink(loader, accumulation, source, seed=seed, global_batch_size=together, options=options)
     accumulation.loaders.append(link)
     return make_view(copied, PreparedDataLoader, link)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -17,15 +18,48 @@ from ..drawn import DrawnOrder, ListedBatchSampler, check_weights
 from ..errors import DataError
 from ..sharding import ComputedOrder, Cut, Order, ShardedBatchSampler, ShardedSampler
 from ..world import World
+from .options import DataOptions
+from .stream import Stream
 
 PlannedSampler: TypeAlias = ShardedBatchSampler | ListedBatchSampler
 
 
-def sampler_for(
-    loader: DataLoader[Any], world: World, *, split_batches: bool, seed: int, seed_samples: bool
-) -> PlannedSampler | None:
+def sampler_for(loader: DataLoader[Any], world: World, *, seed: int, options: DataOptions) -> PlannedSampler | None:
     """This rank's sampler of `loader`'s order; `None` for a stream. Raises `DataError` for what cannot be cut."""
     _refuse_sharded(loader)
+    sampler = _sampler(loader, world, seed, options)
+    dataset = type(loader.dataset).__name__
+    if sampler is None and options.seed_samples:
+        raise DataError(
+            f"seed_samples=True, and the samples of {dataset} have no index: it is an iterable "
+            "dataset, or its sampler has no length. Draw from a generator seeded by what a sample holds, or use "
+            "seed_samples=False."
+        )
+    if sampler is None and options.split_batches and world.size > 1:
+        raise DataError(
+            f"{dataset} is an iterable dataset and split_batches=True. Processes read their own "
+            "batches of it: use split_batches=False and a batch_size for each process."
+        )
+    return sampler
+
+
+def refuse_unpadded(loader: DataLoader[Any], sampler: PlannedSampler | Stream, *, pads: bool) -> None:
+    """Raise `DataError` for a pass with gradients over batches that `pad_batches` cannot make of one length."""
+    if not pads or loader.drop_last or type(sampler) is ShardedBatchSampler or not torch.is_grad_enabled():
+        return
+    if loader.batch_size is None:
+        what = "come from a batch_sampler of its own" if loader.batch_sampler is not None else "are the dataset's own"
+    else:
+        what = "come from an iterable dataset, or a sampler without a length"
+    raise DataError(
+        f"pad_batches=True, and the batches of the loader over {type(loader.dataset).__name__} {what}: their lengths "
+        "are not the library's to choose. Use drop_last=True if it takes one; or pad_batches=False, a collate_fn that "
+        "pads, and backward(losses, weight=rows) with rows 1 for samples and 0 for padding."
+    )
+
+
+def _sampler(loader: DataLoader[Any], world: World, seed: int, options: DataOptions) -> PlannedSampler | None:
+    split_batches, seed_samples = options.split_batches, options.seed_samples
     if isinstance(loader.dataset, IterableDataset):
         return None
     own = loader.batch_sampler
@@ -45,6 +79,7 @@ def sampler_for(
     assert loader.batch_size is not None
     global_batch = loader.batch_size if split_batches else loader.batch_size * world.size
     cut = Cut(length=order.length, global_batch=global_batch, world_size=world.size, drop_last=loader.drop_last)
+    pads = options.pad_batches and not loader.drop_last
     if split_batches and global_batch < world.size:
         raise DataError(
             f"batch_size is {global_batch} and split_batches=True, fewer than the {world.size} processes. "
@@ -55,7 +90,7 @@ def sampler_for(
             f"the dataset has {order.length} samples, fewer than one global batch of {global_batch}, and "
             "drop_last=True drops them all. Use a smaller batch_size or drop_last=False."
         )
-    return ShardedBatchSampler(cut, world.rank, order)
+    return ShardedBatchSampler(cut, world.rank, order, pads=pads)
 
 
 def length_now(loader: DataLoader[Any], sampler: PlannedSampler) -> int:

@@ -88,6 +88,7 @@ CHOICES: dict[str, list[Any]] = {
     "gradient_accumulation_steps": [1, 2, 7],
     "split_batches": [True, False],
     "dispatch_batches": [True, False],
+    "pad_batches": [True, False],
     "seed_samples": [True, False],
     "seed": [0, 1, 2**40],
     "project_dir": ["runs", "other"],

@@ -106,7 +106,7 @@ def test_a_weight_that_is_no_count_is_refused(weight: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("vector", r"loss has shape \(8,\); expected a scalar: the mean over the samples"),
+        ("matrix", r"loss has shape \(8, 1\); expected one loss per sample, of shape \(8,\)"),
         ("detached", "loss carries no gradient. Was it detached"),
         ("no_grad", "loss carries no gradient. Was it detached, computed under torch.no_grad"),
         ("number", "loss is float; expected a scalar tensor"),
@@ -121,7 +121,7 @@ def test_a_loss_that_is_none_is_refused(kind: str, message: str, inside: bool) -
     with torch.no_grad():
         silent = sample_losses(model, *make_data(Case()).tensors[:2]).mean()
     given: Any = {
-        "vector": losses,
+        "matrix": losses.unsqueeze(1),
         "detached": losses.mean().detach(),
         "no_grad": silent,
         "number": losses.mean().item(),

@@ -31,6 +31,8 @@ class Case:
     epochs: int = 2
     drop_last: bool = False
     split_batches: bool = False
+    padded: bool = False
+    losses: Literal["mean", "of samples"] = "mean"
     clip: float | None = None
     weights: Literal["none", "number", "tensor"] = "none"
     weight_unit: float = 1.0
@@ -162,6 +164,7 @@ def train_prepared(case: Case, strategy: Any = None) -> Run:
         mixed_precision=case.precision,
         gradient_accumulation_steps=case.steps,
         split_batches=case.split_batches,
+        pad_batches=case.padded,
     )
     model = make_model(case.dtype)
     optimizer = make_optimizer(case, model)
@@ -211,8 +214,12 @@ def train_prepared(case: Case, strategy: Any = None) -> Run:
 def micro_batch_loss(
     case: Case, model: nn.Module, x: Tensor, y: Tensor, tokens: Tensor
 ) -> tuple[Tensor, float | Tensor | None]:
-    """The mean loss of a micro-batch and its weight, as a user would write them."""
+    """The mean loss of a micro-batch and its weight, or those of its samples, as a user would write them."""
     losses = sample_losses(model, x, y)
+    if case.losses == "of samples":
+        shares = case.global_batch // case.world, -(-case.global_batch // case.world)
+        assert len(x) in shares or not case.padded
+        return losses, None if case.weights == "none" else tokens.double() * case.weight_unit
     if case.weights == "none":
         return losses.mean(), None
     weight = tokens.sum()
@@ -256,6 +263,7 @@ def cases(draw: st.DrawFn, world: int = 1, precision: str = "no") -> Case:
     global_batch = batch_size if split_batches else batch_size * world
     length = draw(st.integers(1, 5 * global_batch + 1))
     weights = draw(st.sampled_from(["none", "number", "tensor"]))
+    losses = draw(st.sampled_from(["mean", "of samples"]))
     overflows = precision == "fp16" and weights == "none" and draw(st.booleans())
     return Case(
         length=length,
@@ -264,6 +272,8 @@ def cases(draw: st.DrawFn, world: int = 1, precision: str = "no") -> Case:
         steps=draw(st.integers(1, 4)),
         drop_last=draw(st.booleans()) and length >= global_batch,
         split_batches=split_batches,
+        padded=losses == "of samples" and draw(st.booleans()),
+        losses=losses,  # type: ignore[arg-type]
         clip=draw(st.sampled_from([None, 0.05, 100.0])),
         weights=weights,
         weight_unit=draw(st.sampled_from([1.0, 1e-3, 1e6])),

@@ -21,12 +21,13 @@ import torch_xla.debug.metrics as metrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from accelerator import EMA, Accelerator, PadBatches
+from accelerator import EMA, Accelerator
 from accelerator.checkpoint.tensors import stage
 from compilations import loops
 from conformance import rules
 from loading import exceptions, workers
 from normalising import normalising
+from padding import padded
 from strategies import XLA
 from training import (
     BATCH,
@@ -34,7 +35,6 @@ from training import (
     LENGTH,
     MODES,
     STEPS,
-    counts,
     distance,
     each_loss,
     make_data,
@@ -74,33 +74,6 @@ def adamw(strategy: XLA) -> Any:
 def by_tokens(strategy: XLA) -> Any:
     came = train(strategy, tokens=True)
     return {**distance(came, plain(tokens=True)), "costs": came["costs"]}
-
-
-def padded(strategy: XLA) -> Any:
-    """The last batch of three of a window, filled up with ghosts: the numbers of a short one, without its program."""
-    accelerator = Accelerator(strategy, gradient_accumulation_steps=STEPS)
-    net, twin, data = make_net(), make_net(), make_data(4 * STEPS * BATCH - 5)
-    loader = DataLoader(data, batch_size=BATCH, collate_fn=PadBatches(BATCH))
-    model, optimizer, loader = accelerator.prepare(net, make_sgd(net), loader)
-    costs, before = [], counts()
-    for (x, y, _), weights in loader:
-        with accelerator.accumulate(model):
-            loss = (each_loss(model, x, y) * weights).sum() / weights.sum()
-            accelerator.backward(loss, weight=weights.sum())
-            optimizer.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            after = counts()
-            costs.append((after[0] - before[0], after[1] - before[1]))
-            before = after
-    other, (inputs, targets, _) = make_sgd(twin), data.tensors
-    for first in range(0, len(inputs), STEPS * BATCH):
-        own = slice(first, first + STEPS * BATCH)
-        other.zero_grad()
-        each_loss(twin, inputs[own], targets[own]).mean().backward()
-        other.step()
-    weights = weights_of(model)
-    return {"costs": costs, "weights": max(float((weights[n] - w).abs().max()) for n, w in weights_of(twin).items())}
 
 
 def bf16(strategy: XLA) -> Any:
