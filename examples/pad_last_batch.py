@@ -5,7 +5,7 @@ and takes the mean of the samples; `gather_for_metrics` leaves the others out. E
 
     42 samples in batches of 8
     lengths that were trained on: 8 8 8 8 8 8
-    largest difference of any weight from training on short batches: 0.0000000
+    largest difference of any weight from training on short batches: 0.00000
     losses gathered in an epoch: 42
 """
 
@@ -54,7 +54,7 @@ def main():
     accelerator.print(f"{SAMPLES} samples in batches of {BATCH}")
     accelerator.print("lengths that were trained on:", *lengths)
     difference = (padded - short).abs().max()
-    accelerator.print(f"largest difference of any weight from training on short batches: {difference:.7f}")
+    accelerator.print(f"largest difference of any weight from training on short batches: {difference:.5f}")
     accelerator.print(f"losses gathered in an epoch: {number}")
 
 
