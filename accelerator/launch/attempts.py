@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import sys
 from collections.abc import Mapping
 
@@ -38,7 +41,11 @@ class Attempts(DefaultLogsSpecs):
 
 
 class FirstFailure(logging.Filter):
-    """Keeps which process of this node failed first: the agent tells nobody but its log, for which this is a filter."""
+    """Keeps which process of this node failed first: the agent tells nobody but its log, for which this is a filter.
+
+    It also wakes each process that the agent is about to end: one that is stopped (SIGSTOP, ctrl-z) would not heed the
+    agent's SIGTERM, and hold the job until the agent kills it, 30 seconds later.
+    """
 
     def __init__(self, *, quiet: bool) -> None:
         super().__init__()
@@ -46,7 +53,12 @@ class FirstFailure(logging.Filter):
         self._seen: tuple[int, int] | None = None  # local rank and exit code
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Note a failure; let its record pass unless the log is to be quiet."""
+        """Note a failure, wake a process that is to end; let the record pass unless the log is to be quiet."""
+        if str(record.msg).startswith("Sending process %s closing signal") and isinstance(record.args, tuple):
+            leader = record.args[0]
+            if isinstance(leader, int):
+                with contextlib.suppress(OSError):  # it is gone
+                    os.killpg(leader, signal.SIGCONT)
         if str(record.msg).startswith("failed (exitcode: %s) local_rank: %s") and isinstance(record.args, tuple):
             exit_code, local_rank = record.args[:2]
             if isinstance(exit_code, int) and isinstance(local_rank, int):

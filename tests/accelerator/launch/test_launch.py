@@ -275,6 +275,30 @@ def test_processes_end_with_a_launcher_that_was_killed(launch: Launcher) -> None
     wait_until(lambda: not any(Path("/proc", file.read_text()).exists() for file in files), "their end")
 
 
+def test_a_stopped_process_does_not_hold_the_end_of_the_job(launch: Launcher) -> None:
+    """It heeds no SIGTERM while it is stopped; torch's agent waits 30 seconds for it."""
+    script = launch.script("""
+        import os, signal, sys, time
+        from pathlib import Path
+
+        mark, begun = Path("stopped"), time.monotonic()
+        if os.environ["RANK"] == "1":
+            mark.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(60)
+        while not mark.exists() or not mark.read_text():
+            time.sleep(0.05)
+        while Path(f"/proc/{mark.read_text()}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.05)
+        print("failing at", time.time(), flush=True)
+        sys.exit(3)
+    """)
+    finished = launch("--nproc-per-node", "2", script)
+    assert time.time() - float(finished.stdout.rpartition("failing at ")[2]) < 20
+    assert finished.returncode == 3
+    assert "rank 1 followed: killed by SIGTERM" in finished.stderr
+
+
 def test_a_restart_after_a_kill_runs_to_the_end(launch: Launcher) -> None:
     launch.script(
         ALL_REDUCE
