@@ -26,7 +26,8 @@ from strategies.process_group import collectives_called, explain_lost_peer, shar
 
 from .flight import pending
 from .hang_table import Report, State, is_worth_telling, table, verdict
-from .position import Waits, locate, signature, stack_of
+from .position import FOR_A_WORKER, Waits, locate, signature, stack_of
+from .workers import Workers
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -69,7 +70,9 @@ class HangWatch(Observer):
         self._stepped = False
         self._stop = threading.Event()
         self._store: Store | None = None
+        self._workers: Workers | None = None
         if self._limits is not None:
+            self._workers = Workers()
             self._connect()
         self._thread = threading.Thread(target=self._watch, name="accelerator-hang-watch", daemon=True)
         self._thread.start()
@@ -86,6 +89,8 @@ class HangWatch(Observer):
         self._stop.set()
         if threading.current_thread() is not self._thread:  # in which an Accelerator that was dropped may be collected
             self._thread.join(2 * _STORE_SECONDS)
+        if self._workers is not None:
+            self._workers.close()
         self._tell("at", replace(self._report(0.0, detailed=False), state="left"))
 
     # -- what the loop tells: that it moves -----------------------------------------------------------------
@@ -146,7 +151,7 @@ class HangWatch(Observer):
             if self._stop.is_set():
                 return
             self._tell("asked", None)
-            self._end(self._report(now - since, detailed=True), self._limits[self._stepped])
+            self._end(self._with_workers(self._report(now - since, detailed=True)), self._limits[self._stepped])
 
     def _moves_within(self, interval: float, last: object) -> bool:
         """Look for `interval` seconds whether the thread is where it was; often, since it may return there each time.
@@ -209,6 +214,11 @@ class HangWatch(Observer):
         called = pending() if detailed and not position.waits_in else ""
         host, pid = socket.gethostname(), os.getpid()
         return Report(self._world.rank, **asdict(position), called=called, since=round(seconds, 1), host=host, pid=pid)
+
+    def _with_workers(self, mine: Report) -> Report:
+        """`mine`, with the places of the workers that this rank waits for. Those that do not answer end by it."""
+        places = self._workers.places() if self._workers is not None and mine.where.endswith(FOR_A_WORKER) else ""
+        return replace(mine, where=f"{mine.where}, which is at {places}") if places else mine
 
     def _end(self, mine: Report, limit: int) -> None:
         self._tell("is", mine)

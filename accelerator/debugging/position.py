@@ -29,6 +29,7 @@ _LIBRARIES = tuple(
 _DDP = os.path.join("torch", "nn", "parallel", "distributed.py")  # its collectives have no frames of their own
 _LOADER = os.path.join("torch", "utils", "data", "dataloader.py")
 _WAITS = frozenset({"_get_data", "_try_get_data"})
+FOR_A_WORKER = ", waiting for a batch of a DataLoader's worker"
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 _BROUGHT = ("tensor", "input_tensor", "input", "input_list", "tensor_list", "input_tensor_list", "scatter_list")
 _NO_COLLECTIVES = frozenset({"init_process_group", "destroy_process_group", "wrapper", "func_return"})
@@ -106,7 +107,7 @@ def locate(frames: list[FrameType], *, detailed: bool = False) -> Position:
         if is_of_the_script(path):
             where = f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
             if any(one.f_code.co_filename.endswith(_LOADER) and one.f_code.co_name in _WAITS for one in inside):
-                where += ", waiting for a batch of a DataLoader's worker"
+                where += FOR_A_WORKER
             return Position(where, *_collective(inside, detailed=detailed))
         inside.append(frame)
     return Position("no line of the script: it ended, or has not begun", *_collective(inside, detailed=detailed))

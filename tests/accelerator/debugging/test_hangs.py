@@ -94,15 +94,18 @@ def deadlocked_dataset() -> None:
 def deadlocked_worker() -> None:
     accelerator = start()
     model = nn.Linear(2, 1)
-    model, optimizer, loader = accelerator.prepare(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(Deadlocked(), batch_size=2, num_workers=1)
-    )
+    data = DataLoader(Deadlocked(), batch_size=2, num_workers=2, worker_init_fn=say_hello)  # worker 0 has no more to do
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), data)
     children: set[Any] = set()
     threading.Thread(target=watch_children, args=[children], daemon=True).start()
     for batch in loader:  # whose worker is deadlocked
         with accelerator.accumulate(model):
             accelerator.backward(model(batch).mean())
             optimizer.step()
+
+
+def say_hello(worker: int) -> None:
+    print(f"hello {worker}", flush=True)
 
 
 def watch_children(seen: set[Any]) -> None:
@@ -170,9 +173,14 @@ def test_a_deadlock_in_a_worker_is_told_and_the_worker_ended(fresh: FreshProcess
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     (ended,) = fresh(script, env={"PYTHONPATH": paths})
     assert ended.returncode == 1, ended.stderr
-    place = ended.stderr.partition("Rank 0 is in no collective, at ")[2]
-    assert line("whose worker is deadlocked") in place
-    assert "in deadlocked_worker, waiting for a batch of a DataLoader's worker." in place
+    assert sorted(re.findall(r"hello \d", ended.stdout)) == ["hello 0", "hello 1"]
+    place = ended.stderr.partition("Rank 0 is in no collective, at ")[2].splitlines()[0]
+    loop, _, dataset = place.partition(
+        " in deadlocked_worker, waiting for a batch of a DataLoader's worker, which is at "
+    )
+    assert line("whose worker is deadlocked").removesuffix(" in ") in loop
+    assert line("for the second time") in dataset
+    assert dataset.endswith("in __getitem__.")
     workers = [int(pid) for pid in re.findall(r"^worker (\d+)$", ended.stdout, re.MULTILINE)]
     assert workers
     assert not [pid for pid in workers if is_running(pid)]
