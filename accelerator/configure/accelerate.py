@@ -25,9 +25,13 @@ UNBUILT: Mapping[str, str] = {
     "fp8_config": "fp8 is not built",
     "ipex_config": "Intel's extension of PyTorch is no longer made; what it did for CPUs is in torch",
     "megatron_lm_config": "Megatron-LM does not run here",
+    "tp_config": "tensor parallelism is not built",
     "mpirun_config": "processes are started by torch's elastic agent, or by SLURM, without mpirun",
 }
 """Tables of which no key has a place here, with the reason."""
+
+READ_BY: Mapping[str, str] = {"deepspeed_config": "DEEPSPEED", "megatron_lm_config": "MEGATRON_LM", "tp_config": "TP"}
+"""Tables that Accelerate reads for one `distributed_type` alone."""
 
 SAGEMAKER = frozenset({
     "ec2_instance_type", "iam_role_name", "image_uri", "profile", "region", "base_job_name", "pytorch_version",
@@ -191,8 +195,9 @@ def _fates(key: str, value: Any, document: Document) -> Iterator[Fate]:
 
 def _inside(section: str, key: str, value: Any, document: Document) -> Iterator[Fate]:
     shown = f"{section}.{key}"
+    ignored = READ_BY.get(section, document.kind) != document.kind
     if section in UNBUILT:
-        yield Fate(shown, value, lost(UNBUILT[section]))
+        yield Fate(shown, value, _unread(document) if ignored else lost(UNBUILT[section]))
         return
     if section == "fsdp_config" and key == "xla_fsdp_settings":
         for inner, below in (value or {}).items():
@@ -210,10 +215,14 @@ def _inside(section: str, key: str, value: Any, document: Document) -> Iterator[
             f"{shown} ({document.name}) is no key of Accelerate's configuration.{nearest(key, rules)} "
             "Correct it or take it out."
         )
-    if section == "fsdp_config" and document.strategy not in ("fsdp", "xla"):
-        yield Fate(shown, value, needless(f"distributed_type {document.kind} does not read it"))
+    if ignored or (section == "fsdp_config" and document.strategy not in ("fsdp", "xla")):
+        yield Fate(shown, value, _unread(document))
         return
     yield Fate(shown, value, rules[full](value, document))
+
+
+def _unread(document: Document) -> Outcome:
+    return needless(f"distributed_type {document.kind} does not read it")
 
 
 def _full(key: str, prefix: str, rules: Mapping[str, Rule]) -> str:

@@ -20,7 +20,14 @@ DEVICES: Mapping[str, str] = {
     "MULTI_HPU": "hpu",
     "MULTI_NEURON": "neuron",
 }
-KINDS = ("NO", *DEVICES, "FSDP", "XLA", "TPU", "DEEPSPEED", "MEGATRON_LM", "MPS")
+_TENSOR = "tensor, context and sequence parallelism are not built"
+_ZERO = (
+    'does not run here. strategy = "fsdp" cuts parameters, gradients and optimizer state over processes, as ZeRO stage '
+    "3 does; nothing replaces tensor and pipeline parallelism"
+)
+FOREIGN: Mapping[str, str] = {"DEEPSPEED": f"DeepSpeed {_ZERO}", "MEGATRON_LM": f"Megatron-LM {_ZERO}", "TP": _TENSOR}
+"""Kinds that have no strategy here, with the reason. `TP` was one from Accelerate 1.3 to 1.6."""
+KINDS = ("NO", *DEVICES, "FSDP", "XLA", "TPU", *FOREIGN, "MPS")
 
 
 def strategy_for(kind: str, use_cpu: bool) -> str | None:
@@ -33,10 +40,7 @@ def strategy_for(kind: str, use_cpu: bool) -> str | None:
 
 def _distributed_type(value: Any, document: Document) -> Outcome:
     if document.strategy is None:
-        return lost(
-            'DeepSpeed and Megatron-LM do not run here. strategy = "fsdp" cuts parameters, gradients and optimizer '
-            "state over processes, as ZeRO stage 3 does; nothing replaces tensor and pipeline parallelism"
-        )
+        return lost(FOREIGN[document.kind])
     values: dict[str, object] = {"strategy": "xla" if document.is_on_xla else document.strategy}
     if document.kind in DEVICES:
         values["ddp.device"] = DEVICES[document.kind]
@@ -199,7 +203,6 @@ def _mesh(name: str, setting: str) -> Rule:
     return rule
 
 
-_TENSOR = "tensor, context and sequence parallelism are not built"
 PARALLELISM: Mapping[str, Rule] = {
     "dp_replicate_size": _mesh("dp_replicate_size", "fsdp.replicate"),
     "dp_shard_size": _mesh("dp_shard_size", "fsdp.shard"),
