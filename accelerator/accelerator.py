@@ -253,7 +253,8 @@ class Accelerator(Ranks):
         `loader` says which prepared loader the values belong to, where loops are nested and sizes do not tell.
         """
         sources = self._accumulation.sources
-        return gather_samples(input_data, sources, self._world, loader, as_objects=use_gather_object)
+        with self._collective():
+            return gather_samples(input_data, sources, self._world, loader, as_objects=use_gather_object)
 
     # -- around the loop -----------------------------------------------------------------------------------
 

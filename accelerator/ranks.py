@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import builtins
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
 from strategies import World, collectives
+from strategies.accumulation import Accumulation
 
 from . import processes
 
@@ -21,34 +22,53 @@ R = TypeVar("R")
 class Ranks:
     """What a script asks of its processes, before `prepare` and after."""
 
+    _accumulation: Accumulation
+
     def __init__(self, world: World) -> None:
         self._world = world
         self._trigger = False
 
     # -- collectives ---------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        """Tell observers that the script is in a collective. No decorator, whose frame would name hangs."""
+        for observer in self._accumulation.observers:
+            observer.collective_begun()
+        try:
+            yield
+        finally:
+            for observer in self._accumulation.observers:
+                observer.collective_ended()
+
     def gather(self, tensor: Any) -> Any:
         """Every tensor of any nesting, concatenated over ranks along dimension 0; scalars become (num_processes,).
 
         Collective. Raises `ShapeMismatchError` on every rank if shapes or dtypes differ. No gradient flows through.
         """
-        return collectives.gather(tensor, self._world)
+        with self._collective():
+            return collectives.gather(tensor, self._world)
 
     def reduce(self, tensor: Any, reduction: Literal["sum", "mean"] = "sum", scale: float = 1.0) -> Any:
         """Every tensor of any nesting summed, or averaged, over ranks, times `scale`. Collective."""
-        return collectives.reduce(tensor, self._world, reduction=reduction, scale=scale)
+        with self._collective():
+            return collectives.reduce(tensor, self._world, reduction=reduction, scale=scale)
 
     def broadcast(self, tree: Any) -> Any:
         """The main process's value, tensors or any picklable object, on every rank. Collective."""
-        return collectives.broadcast(tree, self._world)
+        with self._collective():
+            return collectives.broadcast(tree, self._world)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
         """Every tensor of any nesting padded along `dim` to the longest of all ranks. Collective."""
-        return collectives.pad_across_processes(tensor, self._world, dim=dim, pad_index=pad_index, pad_first=pad_first)
+        options: dict[str, Any] = {"dim": dim, "pad_index": pad_index, "pad_first": pad_first}
+        with self._collective():
+            return collectives.pad_across_processes(tensor, self._world, **options)
 
     def wait_for_everyone(self) -> None:
         """Return once every rank has called it."""
-        collectives.barrier(self._world)
+        with self._collective():
+            collectives.barrier(self._world)
 
     def set_trigger(self) -> None:
         """Raise this rank's flag, for `check_trigger` on all ranks. Not a collective."""
@@ -56,7 +76,8 @@ class Ranks:
 
     def check_trigger(self) -> bool:
         """Whether any rank raised its flag since the last check; lowers them all. Collective."""
-        raised = collectives.any_true(self._trigger, self._world)
+        with self._collective():
+            raised = collectives.any_true(self._trigger, self._world)
         self._trigger = False
         return raised
 

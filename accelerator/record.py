@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.accumulation import Accumulation
+from strategies.base import Exchange
 from strategies.errors import ConfigurationError
 
 from .batch_arithmetic import BatchArithmetic
@@ -74,6 +75,7 @@ class Record:
                 steps_taken=lambda: accumulation.steps_taken,
                 optimizers=accumulation.optimizers,
                 plan=lambda: rows_of(explain(resolved, strategy_name, accumulation, arithmetic)),
+                exchanges=lambda: exchanges_of(accumulation),
                 count_flops=settings.count_flops,
             )
         self.watch()
@@ -116,6 +118,12 @@ class Record:
         self._log.close()
         if self._timers is not None:
             self._timers.close()
+
+
+def exchanges_of(accumulation: Accumulation) -> list[Exchange]:
+    """What was measured last of the exchange of gradients, for each model whose strategy measures it."""
+    found = [accumulation.strategy.last_exchange(model.wrapped) for model in accumulation.models]
+    return [exchange for exchange in found if exchange is not None]
 
 
 def values_of(settings: Settings) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,6 +24,18 @@ from .precision import Precision
 from .world import World
 
 NOTHING = nullcontext()  # a context that does nothing, which may be entered again and again
+
+
+class Exchange(NamedTuple):
+    """How long ranks exchanged the gradients of one window, as somebody measured it without waiting for it.
+
+    `number`: which window of this process it was, from 1. `seconds`: from the start of the first transfer to the end of
+    the last, with the wait for slower ranks. `hidden`: of these, the seconds in which backward computed beside it.
+    """
+
+    number: int
+    seconds: float
+    hidden: float
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,13 @@ class Strategy(ABC):
 
     def seed(self, value: int, world: World) -> None:  # noqa: B027  # nothing to do is right for most
         """Seed the generators of devices that `torch.manual_seed` does not reach. Called where a seed is configured."""
+
+    def last_exchange(self, wrapped: nn.Module) -> Exchange | None:
+        """The window measured last, for the timers; `None` where nobody measures. Not a collective, and waits for none.
+
+        Called now and then, between micro-batches.
+        """
+        return None
 
     def describe(self, wrapped: nn.Module, world: World) -> Mapping[str, str]:
         """What `wrap` made of a model, name and words, for `Accelerator.explain()`."""

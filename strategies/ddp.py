@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import gradient_compression
-from .base import NOTHING, Strategy
+from .base import NOTHING, Exchange, Strategy
 from .batch_norm import BatchNorm, broadcast_buffers, with_batch_norm
 from .errors import ConfigurationError, StepError, listed
 from .field_types import check_types
@@ -144,6 +144,20 @@ class DDP(Strategy):
 
     def discard_gradients(self, wrapped: nn.Module) -> None:
         """What `no_sync` left is in `.grad`; DistributedDataParallel begins each forward anew."""
+
+    def last_exchange(self, wrapped: nn.Module) -> Exchange | None:
+        """What DistributedDataParallel measures of its first ten windows, and then of some.
+
+        Of every hundredth, for which it waits on the device; once asked, of every tenth on a CPU: that takes 0.2 us per
+        parameter, and one in a hundred of a run of a thousand windows would say little.
+        """
+        if not isinstance(wrapped, DistributedDataParallel):
+            return None
+        if wrapped.device_type == "cpu":
+            wrapped._set_ddp_runtime_logging_sample_rate(10)
+        found = wrapped._get_ddp_logging_data()
+        spent, hidden = (found.get(f"backward_{what}_time", 0) for what in ("comm", "compute_comm_overlap"))
+        return Exchange(found["iteration"], spent * 1e-9, hidden * 1e-9) if spent else None
 
     def set_open_gradients(self, wrapped: nn.Module, gradients: Mapping[str, Tensor], world: World) -> None:
         """Set them, and with `find_unused_parameters` also what DistributedDataParallel knows of an open window.

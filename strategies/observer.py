@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 class Observer:
     """Is told what happens in one Accelerator's loop, on every rank, in the loop's own thread.
 
-    Every method does nothing until it is overridden. For each micro-batch they are called in the order below. What
-    they raise reaches the loop. None of them may wait for the device unless its observer was asked for that: read
-    values of tensors later, or copy them without blocking. A loop without observers pays nothing that can be measured.
+    Every method does nothing until it is overridden. For each micro-batch they are called in the order below; the last
+    two come wherever the script calls a collective. What they raise reaches the loop. None of them may wait for the
+    device unless its observer was asked for that: read values of tensors later, or copy them without blocking. A loop
+    without observers pays nothing that can be measured.
     """
 
     def batch_wanted(self, loader: DataLoader[object]) -> None:
@@ -53,3 +54,9 @@ class Observer:
 
     def raised(self, error: BaseException) -> None:
         """`accumulate` was left by an exception, which goes on its way after this."""
+
+    def collective_begun(self) -> None:
+        """The script calls a collective: `gather`, `reduce`, `broadcast`, `wait_for_everyone`, ..."""
+
+    def collective_ended(self) -> None:
+        """It is over, or raised."""

@@ -10,7 +10,10 @@ from .read import RunData
 from .style import STYLE
 from .svg import line_chart, number, stacked_bars
 
-PHASES = ("data", "forward", "backward", "closing_backward", "reduce", "clip", "optimizer", "checkpoint", "other")
+PHASES = (
+    *("data", "forward", "backward", "closing_backward", "communication", "reduce", "clip", "optimizer", "checkpoint"),
+    *("collectives", "other"),
+)
 MOST_EVENTS = 200
 
 
@@ -130,22 +133,10 @@ def _aligned(
 
 def _time(runs: Sequence[RunData], names: Sequence[str]) -> str:
     rows = {}
-    notes = []
     for name, run in zip(names, runs, strict=True):
         for rank in run.ranks:
             if rank.lines:
                 rows[f"{name}, rank {rank.rank}" if len(runs) > 1 else f"rank {rank.rank}"] = rank.phases()
-        exchanges = [share for rank in run.ranks if (share := rank.exchange()) is not None]
-        prefix = f"{name}: " if len(runs) > 1 else ""
-        if exchanges and len(run.ranks) > 1:
-            notes.append(
-                f"{prefix}exchange of gradients that backward did not hide: about {max(exchanges):.1%} of the time "
-                "(what closing backwards take more than open ones)."
-            )
-        elif len(run.ranks) > 1:
-            notes.append(
-                f"{prefix}communication is inside closing_backward and cannot be told apart without accumulation."
-            )
     if not rows:
         return ""
     used = [phase for phase in PHASES if any(values.get(phase, 0) > 0 for values in rows.values())]
@@ -157,11 +148,48 @@ def _time(runs: Sequence[RunData], names: Sequence[str]) -> str:
         ]
         for name, values in rows.items()
     ]
-    notes.append("Seconds of the host. On a device that runs behind it, a phase shows where the host waited.")
-    text = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    note = "Seconds of the host. On a device that runs behind it, a phase shows where the host waited."
     bars = stacked_bars(rows, PHASES)
     table = _table(["", *(phase.replace("_", " ") for phase in used)], shares)
-    return f'<ul class="legend">{legend}</ul>{bars}{table}{text}'
+    return f'<ul class="legend">{legend}</ul>{bars}{table}<p class="note">{note}</p>{_exchange(runs, names)}'
+
+
+def _exchange(runs: Sequence[RunData], names: Sequence[str]) -> str:
+    """The exchange of gradients, as torch measured it, or else by what closing backwards took longer."""
+    rows, notes = [], []
+    for name, run in zip(names, runs, strict=True):
+        prefix = f"{name}: " if len(runs) > 1 else ""
+        if len(run.ranks) < 2:
+            continue
+        for rank in run.ranks:
+            measured, after = rank.exchanges(), rank.after_backward()
+            for model, (windows, seconds, hidden) in enumerate(measured, 1):
+                who = f"{prefix}rank {rank.rank}" + (f", model {model}" if len(measured) > 1 else "")
+                times = (f"{value * 1e3:.2f} ms" for value in (seconds, hidden, max(0.0, seconds - hidden)))
+                of_all = f"{after / rank.seconds:.1%}" if after is not None and rank.seconds else ""
+                rows.append([who, *times, of_all, f"{windows:,}"])
+        if any(rank.exchanges() for rank in run.ranks):
+            continue
+        longer = [share for rank in run.ranks if (share := rank.exchange()) is not None]
+        notes.append(
+            f"{prefix}exchange of gradients that backward did not hide: about {max(longer):.1%} of the time "
+            "(what closing backwards take more than open ones)."
+            if longer
+            else f"{prefix}communication is inside forward and backward, and not measured apart, which torch does for "
+            "DistributedDataParallel alone. A profile shows it."
+        )
+    if rows:
+        notes.append(
+            "Measured by torch from the first transfer of a window to the end of the last, with the wait for slower "
+            "ranks. What ran beside backward is in backward's time; what came after it is, on a CPU, the communication "
+            "above, and taken off closing backward."
+        )
+    head = ["exchange of gradients", "per window", "beside backward", "after it", "of the time", "windows measured"]
+    return _table(head, rows) + _notes(notes)
+
+
+def _notes(words: Sequence[str]) -> str:
+    return "".join(f'<p class="note">{escape(note)}</p>' for note in words)
 
 
 def _memory(runs: Sequence[RunData], names: Sequence[str]) -> str:

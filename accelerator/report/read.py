@@ -23,11 +23,19 @@ class RankData:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def phases(self) -> dict[str, float]:
-        """Seconds by phase over the whole run, and under `other` what no phase accounts for."""
+        """Seconds by phase over the whole run, and under `other` what no phase accounts for.
+
+        On a CPU, where it is the host that waits, what backward did not hide of the exchange of gradients is
+        `communication`, and no part of `closing_backward`.
+        """
         total: dict[str, float] = {}
         for line in self.lines:
             for name, seconds in line["phases"].items():
                 total[name] = total.get(name, 0.0) + seconds
+        after, closing = self.after_backward(), total.get("closing_backward", 0.0)
+        if after is not None and self.about.get("device") == "cpu":
+            total["communication"] = min(after, closing)
+            total["closing_backward"] = closing - total["communication"]
         total["other"] = max(0.0, self.seconds - sum(total.values()))
         return total
 
@@ -35,6 +43,32 @@ class RankData:
     def seconds(self) -> float:
         """Measured seconds of the whole run."""
         return float(sum(line["seconds"] for line in self.lines))
+
+    def exchanges(self) -> list[tuple[int, float, float]]:
+        """For each model of which it was measured: in how many windows, and the means of `Exchange`'s seconds.
+
+        A line has the window that was measured last, which stands for all windows of that line.
+        """
+        measured: dict[int, list[tuple[int, list[float]]]] = {}
+        for line in self.lines:
+            for model, exchange in enumerate(line.get("exchanges", ())):
+                measured.setdefault(model, []).append((line["windows"], exchange))
+        found = []
+        for told in measured.values():
+            _, seconds, hidden = np.average([one for _, one in told], axis=0, weights=[1e-9 + many for many, _ in told])
+            found.append((len({tuple(one) for _, one in told}), float(seconds), float(hidden)))
+        return found
+
+    def after_backward(self) -> float | None:
+        """Seconds of the whole run in which gradients were exchanged with no backward beside it, as far as measured.
+
+        `None` where none was, and for several models, which may have different windows.
+        """
+        found = self.exchanges()
+        if len(found) != 1:
+            return None
+        _, seconds, hidden = found[0]
+        return float(max(0.0, seconds - hidden) * sum(line["windows"] for line in self.lines))
 
     def exchange(self) -> float | None:
         """Share of the time in which closing backwards took longer than open ones; `None` without accumulation."""
@@ -71,7 +105,7 @@ class RunData:
     def throughput(self) -> Points:
         """Samples per second of all ranks together, by step."""
         each = [
-            [(line["step"], line["samples"] / line["seconds"]) for line in rank.lines if line["seconds"] > 0]
+            [(line["step"], line["samples"] / line["seconds"]) for line in rank.lines if line["samples"]]
             for rank in self.ranks
         ]
         each = [points for points in each if points]

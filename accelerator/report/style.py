@@ -15,7 +15,7 @@ section { background:var(--card); border:1px solid var(--line); border-radius:10
 figure { margin:0; min-width:0 } figcaption { font-weight:600; overflow-wrap:anywhere }
 svg { width:100%; min-width:0; height:auto; display:block } svg text { fill:var(--dim); font-size:11px }
 .grid { stroke:var(--line) } polyline { fill:none; stroke-width:1.8; stroke-linejoin:round }
-.wide { overflow-x:auto }
+.wide { overflow-x:auto } .note + .wide { margin-top:.8em }
 table { border-collapse:collapse; width:100%; font-size:.9rem; font-variant-numeric:tabular-nums }
 th,td { text-align:left; padding:4px 10px 4px 0; border-bottom:1px solid var(--line); vertical-align:top;
   overflow-wrap:break-word }
@@ -32,9 +32,15 @@ polyline.s4,circle.s4 { stroke:var(--e) }
 polyline.s5,circle.s5 { stroke:var(--f) }
 i.s0 { background:var(--a) } i.s1 { background:var(--b) } i.s2 { background:var(--c) } i.s3 { background:var(--d) }
 i.s4 { background:var(--e) } i.s5 { background:var(--f) }
-i.p0 { background:var(--f) } rect.p0 { fill:var(--f) } i.p1 { background:var(--a) } rect.p1 { fill:var(--a) }
-i.p2 { background:var(--e) } rect.p2 { fill:var(--e) } i.p3 { background:var(--c) } rect.p3 { fill:var(--c) }
-i.p4 { background:#888fe8 } rect.p4 { fill:#888fe8 } i.p5 { background:#c98be0 } rect.p5 { fill:#c98be0 }
-i.p6 { background:var(--b) } rect.p6 { fill:var(--b) } i.p7 { background:var(--d) } rect.p7 { fill:var(--d) }
-i.p8 { background:var(--line) } rect.p8 { fill:var(--line) }
+i.p0 { background:var(--f) } rect.p0 { fill:var(--f) }
+i.p1 { background:var(--a) } rect.p1 { fill:var(--a) }
+i.p2 { background:var(--e) } rect.p2 { fill:var(--e) }
+i.p3 { background:var(--c) } rect.p3 { fill:var(--c) }
+i.p4 { background:#e05252 } rect.p4 { fill:#e05252 }
+i.p5 { background:#888fe8 } rect.p5 { fill:#888fe8 }
+i.p6 { background:#c98be0 } rect.p6 { fill:#c98be0 }
+i.p7 { background:var(--b) } rect.p7 { fill:var(--b) }
+i.p8 { background:var(--d) } rect.p8 { fill:var(--d) }
+i.p9 { background:#7a8a99 } rect.p9 { fill:#7a8a99 }
+i.p10 { background:var(--line) } rect.p10 { fill:var(--line) }
 """

@@ -18,6 +18,7 @@ from accelerator.background import Background
 from accelerator.later import Later
 from accelerator.lines import LineFile
 from strategies import World
+from strategies.base import Exchange
 from strategies.observer import Observer
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from strategies.sources import Cursor
     from strategies.window import Window
 
-PHASES = ("data", "forward", "backward", "closing_backward", "reduce", "clip", "optimizer", "checkpoint")
+PHASES = ("data", "forward", "backward", "closing_backward", "reduce", "clip", "optimizer", "checkpoint", "collectives")
 INTERVAL_SECONDS = 1.0
 _log = logging.getLogger("accelerator")
 
@@ -38,7 +39,8 @@ class Timers(Observer):
     `data`: waiting for a batch that is then trained on. `forward`: from the start of a micro-batch to `backward`.
     `backward`, `closing_backward`: of a micro-batch that leaves its window open, and of one that closes it, where
     ranks exchange gradients. `reduce`: from there until the gradients are final. `clip`, `optimizer`,
-    `checkpoint`: those. Nothing is synchronised: on a device that runs behind the host, these are the host's times.
+    `checkpoint`: those. `collectives`: that the script calls, wherever it does. Nothing is synchronised: on a device
+    that runs behind the host, these are the host's times.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Timers(Observer):
         steps_taken: Callable[[], int],
         optimizers: Sequence[OptimizerLink],
         plan: Callable[[], Iterable[Sequence[str]]],
+        exchanges: Callable[[], Iterable[Exchange]] = tuple,
         count_flops: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -56,6 +59,7 @@ class Timers(Observer):
         self._steps_taken = steps_taken
         self._optimizers = optimizers
         self._plan = plan
+        self._exchanges = exchanges
         self._clock = clock
         self._file = LineFile(folder / "timing" / f"rank{world.rank}.jsonl")
         self._background = Background("timers")
@@ -63,7 +67,7 @@ class Timers(Observer):
         self._counting = False
         self._held: list[tuple[dict[str, Any], Later]] = []  # lines whose numbers are still on a device
         self._has_begun = self._is_broken = False
-        self._wanted = self._mark = clock()
+        self._wanted = self._mark = self._met = clock()
         self._reset(self._mark)
         self._batch: tuple[float, int] | None = None  # wait and samples of a batch that is not yet trained on
         self._loss: Tensor | None = None
@@ -73,7 +77,7 @@ class Timers(Observer):
     def _reset(self, now: float) -> None:
         self._since = now
         self._data = self._forward = self._backward = self._closing = 0.0
-        self._reduce = self._clip = self._optimizer = self._checkpoint = 0.0
+        self._reduce = self._clip = self._optimizer = self._checkpoint = self._collectives = 0.0
         self._micro_batches = self._windows = self._samples = 0
 
     # -- the loop: kept short, since it is all that a step pays ---------------------------------------------
@@ -145,9 +149,18 @@ class Timers(Observer):
         self._micro_batches += 1
         if window.closing:
             self._windows += 1
-            now = self._clock()
-            if now - self._since >= INTERVAL_SECONDS:
-                self._write(now)
+            if self._mark - self._since >= INTERVAL_SECONDS:  # the last look at the clock
+                self._write(self._mark)
+
+    def collective_begun(self) -> None:
+        """Start of one."""
+        self._met = self._clock()
+
+    def collective_ended(self) -> None:
+        """End of it, and no part of the phase that it came in."""
+        seconds = self._clock() - self._met
+        self._collectives += seconds
+        self._mark += seconds
 
     def raised(self, error: BaseException) -> None:
         """An event; what was counted of the step stays out."""
@@ -182,7 +195,7 @@ class Timers(Observer):
 
     def _write(self, now: float) -> None:
         before = [self._data, self._forward, self._backward, self._closing]
-        phases = [*before, self._reduce, self._clip, self._optimizer, self._checkpoint]
+        phases = [*before, self._reduce, self._clip, self._optimizer, self._checkpoint, self._collectives]
         line: dict[str, Any] = {
             "step": self._steps_taken(),
             "time": time.time(),
@@ -192,6 +205,7 @@ class Timers(Observer):
             "windows": self._windows,
             "samples": self._samples,
             "memory": _memory(self._world.device),
+            "exchanges": [list(exchange) for exchange in self._exchanges()],
             "lr": [float(link.original.param_groups[0]["lr"]) for link in self._optimizers],
         }
         numbers = {"loss": self._loss, "grad_norm": self._norm}

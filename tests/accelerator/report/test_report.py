@@ -29,8 +29,15 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
     file.close()
 
 
-def make_run(folder: Path, *, ranks: int = 2, note: str = "plain") -> Path:
-    """A run of 40 steps as the library writes it, cut in the middle of the last line."""
+def make_run(
+    folder: Path,
+    *,
+    ranks: int = 2,
+    note: str = "plain",
+    device: str = "cpu",
+    exchange: tuple[float, float] | None = None,
+) -> Path:
+    """A run of 40 steps as the library writes it, cut in the middle of the last line. `exchange`: its seconds."""
     times = [1763712000.0 + step for step in range(41)]
     write(
         folder / "log.jsonl",
@@ -45,7 +52,7 @@ def make_run(folder: Path, *, ranks: int = 2, note: str = "plain") -> Path:
         write(
             folder / "timing" / f"rank{rank}.jsonl",
             [
-                {"run": {"rank": rank, "size": ranks, "device": "cpu", "time": times[0]}},
+                {"run": {"rank": rank, "size": ranks, "device": device, "time": times[0]}},
                 {"plan": [["strategy", "auto", "DDP (strategies.ddp)", "default"]]} if rank == 0 else {},
                 {"flops": {"micro_batch": 6_000_000, "samples": 32}},
                 *(
@@ -60,6 +67,7 @@ def make_run(folder: Path, *, ranks: int = 2, note: str = "plain") -> Path:
                         "memory": {"resident": 2**28 + step * 2**16},
                         "lr": [1e-3 * (1 - step / 41)],
                         "grad_norm": 1.0 / step,
+                        "exchanges": [[step, *exchange]] if exchange is not None else [],
                     }
                     for step in range(4, 41, 4)
                 ),
@@ -115,6 +123,23 @@ def test_a_run_with_a_log_alone_or_timers_alone_has_a_page(tmp_path: Path) -> No
     text = page([read_run(folder)])
     assert "<figcaption>lr</figcaption>" in text
     assert "<figcaption>grad_norm</figcaption>" in text
+
+
+def test_what_backward_did_not_hide_is_communication_and_is_counted_once(tmp_path: Path) -> None:
+    measured = read_run(make_run(tmp_path / "cpu", exchange=(0.05, 0.02)))
+    phases = measured.ranks[0].phases()  # 40 windows in 10 s
+    assert phases["communication"] == pytest.approx(40 * 0.03)
+    assert phases["closing_backward"] == pytest.approx(3.0 - 40 * 0.03)
+    assert sum(phases.values()) == pytest.approx(10.0)
+    text = page([measured])
+    cells = ("rank 1", "50.00 ms", "20.00 ms", "30.00 ms", "12.0%", "10")
+    assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" in text
+    assert "what closing backwards take more" not in text
+    # A device's seconds are not the host's.
+    assert (
+        "communication"
+        not in read_run(make_run(tmp_path / "gpu", device="cuda:0", exchange=(9.0, 0.0))).ranks[0].phases()
+    )
 
 
 def test_a_number_that_no_float_holds_is_left_out(tmp_path: Path) -> None:

@@ -87,7 +87,10 @@ def test_every_second_is_in_its_phase(tmp_path: Path) -> None:
     for (x,) in loader:
         clock.now += 0.25  # the user's own code
         with accelerator.accumulate(model):
-            accelerator.backward(model(x).square().mean())
+            loss = model(x).square().mean()
+            with accelerator._collective():
+                clock.now += 1.5  # in the middle of a forward
+            accelerator.backward(loss)
             clip(accelerator, model, clock)
             optimizer.step()
             optimizer.zero_grad()
@@ -109,6 +112,7 @@ def test_every_second_is_in_its_phase(tmp_path: Path) -> None:
         "reduce": 2.0,
         "optimizer": 10.0,
         "checkpoint": 7.0,
+        "collectives": 6.0,
     }
     assert sum(line["seconds"] for line in found) == clock.now
     assert [sum(line[name] for line in found) for name in ("samples", "micro_batches", "windows")] == [8, 4, 2]
@@ -140,6 +144,7 @@ def train(strategy: str, folder: str, precision: str = "no", scale: float = 1.0)
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
+        accelerator.gather(loss.detach())
         norms.append(float(norm) if norm is not None else None)
     accelerator.save_state()
     accelerator.end_training()
@@ -160,6 +165,10 @@ def test_each_rank_of_each_strategy_leaves_its_lines(
         assert [line["grad_norm"] for line in measured if "grad_norm" in line] == pytest.approx(result["norms"])
         assert all({"forward", "closing_backward", "optimizer"} <= line["phases"].keys() for line in measured[1:3])
         assert all(sum(line["phases"].values()) <= line["seconds"] + 1e-4 for line in measured)
+        assert all(line["phases"]["collectives"] > 0 for line in measured[1:3])
+        exchanges = [tuple(one) for line in measured for one in line["exchanges"]]
+        assert sorted({number for number, _, _ in exchanges}) == ([1, 2] if strategy == "ddp" else [])
+        assert all(0 < hidden <= seconds < 60 for _, seconds, hidden in exchanges)
         assert all(line["memory"]["resident"] > 2**20 for line in measured)
         assert [line["event"] for line in lines if "event" in line] == ["checkpoint"]
         (flops,) = [line["flops"] for line in lines if "flops" in line]
