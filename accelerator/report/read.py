@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,7 @@ def read_run(folder: Path) -> RunData:
         for line in read_lines(path):
             _take_timed(run, rank, line)
         run.ranks.append(rank)
+    _tell_restarts_once(run)
     _fill_in(run)
     run.events.sort(key=lambda event: event.get("time", 0))
     return run
@@ -178,6 +180,22 @@ def _take_timed(run: RunData, rank: RankData, line: dict[str, Any]) -> None:
             run.events.append({**line, "rank": rank.rank})
     elif "phases" in line:
         rank.lines.append(line)
+
+
+def _tell_restarts_once(run: RunData) -> None:
+    """All processes start again together, and each says so: of equal restarts keep one, of no rank."""
+    kept, told = [], set()
+    seen: Counter[tuple[Any, ...]] = Counter()
+    for event in run.events:
+        if event["event"] == "restart":
+            which = event.get("text"), seen[event["rank"], event.get("text")]  # a run that is taken up counts anew
+            seen[event["rank"], event.get("text")] += 1
+            if which in told:
+                continue
+            told.add(which)
+            event = {name: value for name, value in event.items() if name != "rank"}
+        kept.append(event)
+    run.events = kept
 
 
 def _fill_in(run: RunData) -> None:

@@ -142,6 +142,17 @@ def test_what_backward_did_not_hide_is_communication_and_is_counted_once(tmp_pat
     )
 
 
+def test_a_restart_of_all_ranks_is_one_event(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    for rank in range(2):  # two jobs, the second of which started twice again
+        texts = ("number 1", "number 1", "number 2")
+        events = [{"event": "restart", "step": 9, "time": 1.0 + index, "text": t} for index, t in enumerate(texts)]
+        write(folder / "timing" / f"rank{rank}.jsonl", events)
+    restarts = [event for event in read_run(folder).events if event["event"] == "restart"]
+    assert [event["text"] for event in restarts] == ["number 1", "number 1", "number 2"]
+    assert not any("rank" in event for event in restarts)
+
+
 def test_a_number_that_no_float_holds_is_left_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "log.jsonl").unlink()
