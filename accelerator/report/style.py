@@ -14,12 +14,13 @@ section { background:var(--card); border:1px solid var(--line); border-radius:10
 .charts { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr)); gap:14px }
 figure { margin:0; min-width:0 } figcaption { font-weight:600; overflow-wrap:anywhere }
 svg { width:100%; min-width:0; height:auto; display:block } svg text { fill:var(--dim); font-size:11px }
+@media (max-width:480px) { body { padding:10px } section { padding:10px } svg text { font-size:16px } }
 .grid { stroke:var(--line) } polyline { fill:none; stroke-width:1.8; stroke-linejoin:round }
 .wide { overflow-x:auto } .note + .wide { margin-top:.8em }
 table { border-collapse:collapse; width:100%; font-size:.9rem; font-variant-numeric:tabular-nums }
 th,td { text-align:left; padding:4px 10px 4px 0; border-bottom:1px solid var(--line); vertical-align:top;
   overflow-wrap:break-word }
-.bars { max-width:760px }
+.bars { max-width:760px } .bars text { font-size:12px }
 th { color:var(--dim); font-weight:600 } td:first-child { min-width:5.5em }
 .note,.none { color:var(--dim); font-size:.88rem; margin:.6em 0 0 }
 .legend { list-style:none; display:flex; flex-wrap:wrap; gap:4px 16px; padding:0; margin:0 0 8px; font-size:.9rem }

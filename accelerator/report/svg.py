@@ -51,7 +51,8 @@ def line_chart(series: Mapping[str, Points], *, unit: str = "") -> str:
 
 def stacked_bars(rows: Mapping[str, Mapping[str, float]], parts: Sequence[str]) -> str:
     """One bar a row, cut into shares of its sum."""
-    height, label = 26, 120
+    height = 26
+    label = max(120, min(240, 12 + 7 * max(map(len, rows), default=0)))  # names of runs may be long
     drawn = []
     for line, (name, values) in enumerate(rows.items()):
         y, x, total = line * height + 4, float(label), sum(values.values())

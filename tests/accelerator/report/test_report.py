@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -195,23 +196,28 @@ def test_bars_fill_their_width() -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
-@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (500, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_a_browser_shows_it(tmp_path: Path, width: int, scheme: str) -> None:
-    file, picture = tmp_path / "report.html", tmp_path / "page.png"
-    file.write_text(page([read_run(make_run(tmp_path / name)) for name in ("first", "second")]))
-    subprocess.run(
-        [
-            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-            f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
-            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2200"),
-            *(f"--screenshot={picture}", file.as_uri()),
-        ],
-        check=True,
-        capture_output=True,
-        timeout=100,
+    runs = [read_run(make_run(tmp_path / name, exchange=(0.05, 0.02))) for name in ("first", "second")]
+    page_in_frame = escape(page(runs), quote=True)  # a window is not narrower than 500 pixels, a frame in it may be
+    file, picture = tmp_path / "frame.html", tmp_path / "page.png"
+    file.write_text(
+        '<!doctype html><meta name="color-scheme" content="light dark"><style>body { margin:0 }'
+        f" iframe {{ border:0; display:block; width:{width}px; height:2600px }}</style>"
+        f'<iframe srcdoc="{page_in_frame}"></iframe><script>onload = () => {{ document.title = "needs " + '
+        'document.querySelector("iframe").contentDocument.documentElement.scrollWidth }</script>'
     )
-    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
-    assert pixels.shape[1] == width
+    chromium = [
+        *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+        f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
+        *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},2600"),
+    ]
+    for what in (f"--screenshot={picture}", "--dump-dom"):
+        ended = subprocess.run(
+            [*chromium, what, file.as_uri()], check=True, capture_output=True, timeout=100, text=True
+        )
+    assert f"<title>needs {width}</title>" in ended.stdout  # no scrolling sideways
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)[:, :width]
     corner = pixels[5, 5].mean()
     assert corner < 40 if scheme == "dark" else corner > 215  # paper
     blue = (pixels[:, :, 2] - pixels[:, :, 0] > 60).sum()
