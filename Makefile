@@ -47,7 +47,7 @@ ifneq ($(wildcard tests/xla/test_*.py),)
 		$(VENV_XLA)/bin/python -m pytest tests/xla
 endif
 
-# Each tracker against its own package. Half a gigabyte that nothing else needs, so it is run by hand.
+# Each tracker against its own package. An environment of 1.9 gigabytes with torch, so it is run by hand.
 test-trackers: $(TRACKERS)
 	$(VENV_TRACKERS)/bin/python -m pytest tests/accelerator/trackers
 
