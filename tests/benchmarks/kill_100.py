@@ -1,8 +1,7 @@
-"""Kill one worker, or the whole job, at 100 moments of training and saving: every run must end as if nothing happened.
+"""Kill a worker, or the whole job, at 100 moments of training and saving: each run must end as if nothing happened.
 
-Two processes, DDP and FSDP in turn, dropout, accumulation 2, a shuffled loader, a checkpoint after every micro-batch,
-every other one in the background. A run is killed with SIGKILL again and again until it ends; its weights and the
-samples it saw are then compared with those of a run that was never killed.
+Two processes, DDP and FSDP in turn, run the loop of tests/support/killed_loop.py. A run is killed with SIGKILL again
+and again until it ends; its weights and the samples it saw are then compared with those of one that was never killed.
 Run: python tests/benchmarks/kill_100.py [number of kills]
 """
 
@@ -18,68 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-from accelerator import Accelerator
+import killed_loop
 from rank_pool import RankPool, WorkerDied
 from strategies import DDP, FSDP
 
-LENGTH, BATCH = 96, 4
-
-
-class Seen:
-    def __init__(self) -> None:
-        self.samples: list[int] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.samples = state["samples"]
-
-
-class Numbers(torch.utils.data.Dataset[Any]):
-    def __len__(self) -> int:
-        return LENGTH
-
-    def __getitem__(self, index: int) -> Any:
-        return torch.full((16,), index / LENGTH).sin(), index
+LENGTH = 96
 
 
 def train(strategy: Any, folder: str, victims: list[int], delay: float) -> tuple[list[Any], list[int], float]:
-    accelerator = Accelerator(strategy, project_dir=folder, seed=0, split_batches=True, gradient_accumulation_steps=2)
-    net = nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.2), nn.Tanh(), nn.Linear(64, 1))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-    loader = torch.utils.data.DataLoader(Numbers(), BATCH, shuffle=True)
-    model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
-    seen = Seen()
-    accelerator.register_for_checkpointing(seen)
     start = time.monotonic()
     killer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
-    if accelerator.process_index in victims:
-        killer.start()
     try:
-        return go_on(accelerator, model, optimizer, loader, seen, Path(folder)), seen.samples, time.monotonic() - start
+        trained = killed_loop.train(strategy, folder, LENGTH, lambda rank: rank in victims and killer.start())
+        return *trained, time.monotonic() - start
     finally:
         killer.cancel()
-
-
-def go_on(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any, seen: Seen, folder: Path) -> list[Any]:
-    accelerator.resume()
-    while loader.state_dict()["epoch"] < 1:
-        for x, index in loader:
-            with accelerator.accumulate(model):
-                accelerator.backward(model(x).square().mean())
-                optimizer.step()
-                optimizer.zero_grad()
-            seen.samples = seen.samples + accelerator.gather_for_metrics(index).tolist()
-            place = folder / "checkpoints" / f"step-{len(seen.samples):09d}"
-            accelerator.save_state(place, keep_last=2, async_=len(seen.samples) % (2 * BATCH) == 0)
-    weights = [value.clone() for value in accelerator.get_state_dict(model).values()]
-    accelerator.end_training()
-    return weights
 
 
 def main(number: int) -> None:
