@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +25,9 @@ PLACES: dict[str, tuple[Any, int]] = {
     "fsdp 4": (FSDP(), 4),
     "hsdp": (FSDP(replicate=2), 4),
 }
-STEPS, WINDOWS = 2, 6
+STEPS, WINDOWS, BATCH = 2, 6, 4
+PER_EPOCH = 8  # batches: one and a half epochs in all, and the second begins between two windows
+GENERATORS: tuple[Callable[[], float], ...] = (random.random, np.random.rand, lambda: float(torch.rand(())))
 
 
 class Counter:
@@ -36,6 +41,20 @@ class Counter:
         self.seen = state
 
 
+def parts() -> tuple[nn.Module, torch.optim.Optimizer, Any, torch.utils.data.DataLoader[Any]]:
+    """A model, an optimizer of two groups, a scheduler and a shuffled loader."""
+    net = nn.Sequential(Net(), nn.Identity())
+    groups = [
+        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in net.parameters() if p.ndim <= 1]},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.02, eps=1e-3)
+    rows = torch.randn(PER_EPOCH * BATCH, 5, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(rows, torch.arange(len(rows)))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, WINDOWS)
+    return net, optimizer, scheduler, torch.utils.data.DataLoader(data, BATCH, shuffle=True)
+
+
 def run(
     strategy: Any,
     folder: str,
@@ -47,49 +66,50 @@ def run(
     save: bool = True,
     weighted: bool = False,
 ) -> dict[str, Any]:
-    """Windows `first` to `last` of a training on given batches, resumed from `folder` if there is anything."""
+    """Windows `first` to `last` of a training on shuffled data, resumed from `folder` if there is anything."""
     accelerator = Accelerator(
-        strategy, gradient_accumulation_steps=STEPS, mixed_precision=precision, project_dir=folder
+        strategy,
+        gradient_accumulation_steps=STEPS,
+        mixed_precision=precision,
+        project_dir=folder,
+        seed=5,
+        split_batches=True,
     )
     torch.manual_seed(0 if first == 0 else 99)
-    net = nn.Sequential(Net(), nn.Identity())
-    drop = nn.Dropout(dropout)
-    named = list(net.named_parameters())
-    groups = [
-        {"params": [p for name, p in named if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for name, p in named if p.ndim <= 1]},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=0.02, eps=1e-3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, WINDOWS)
-    counter = Counter()
-    model, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
+    model, optimizer, scheduler, loader = accelerator.prepare(*parts())
+    drop, counter = nn.Dropout(dropout), Counter()
     accelerator.register_for_checkpointing(counter)
     if first:
         assert accelerator.resume() == Path(folder) / "checkpoints" / f"step-{first:09d}"
-    data = torch.randn(WINDOWS * STEPS, 4, 5, generator=torch.Generator().manual_seed(1))
-    size, rank = accelerator.num_processes, accelerator.process_index
-    losses = []
-    for batch in data[first * STEPS : last * STEPS]:
-        mine = batch.view(size, -1, 5)[rank]
-        with accelerator.accumulate(model):
-            loss = losses_of(model(drop(mine)).float(), torch.ones(len(mine))).mean() / 64
-            accelerator.backward(loss, weight=1.0 + rank if weighted else None)
-            accelerator.clip_grad_norm_(model.parameters(), 0.01)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
-        counter.seen["batches"] += 1
-        counter.seen["mean"] += 1
-    if save:
-        accelerator.save_state()
+    losses: list[float] = []
+    samples: list[int] = []
+    draws: list[list[float]] = []  # more on the later ranks, so that each is at another place
+    while len(losses) < (last - first) * STEPS:
+        for mine, index in loader:
+            with accelerator.accumulate(model):
+                loss = losses_of(model(drop(mine)).float(), torch.ones(len(mine))).mean() / 64
+                accelerator.backward(loss, weight=1.0 + accelerator.process_index if weighted else None)
+                accelerator.clip_grad_norm_(model.parameters(), 0.01)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+            samples += accelerator.gather_for_metrics(index).tolist()
+            draws.append([draw() for draw in GENERATORS * (accelerator.process_index + 1)])
+            counter.seen["batches"] += 1
+            counter.seen["mean"] += 1
+            if len(losses) == (last - first) * STEPS:
+                if save:
+                    accelerator.save_state()
+                break
     weights = accelerator.get_state_dict(model)
     result = {
         "losses": losses,
+        "samples": samples,
         "weights": weights,
         "rate": optimizer.param_groups[0]["lr"],
         "counter": counter.seen,
-        "draw": torch.rand(2),
+        "draws": draws,
         "epoch": scheduler.last_epoch,
     }
     accelerator.end_training()
@@ -102,7 +122,8 @@ def through(ranks: RankPool, folder: Path, places: list[str], **options: Any) ->
     results = []
     for index, name in enumerate(places):
         strategy, nproc = PLACES[name]
-        results.append(ranks(call, strategy, str(folder), index * each, (index + 1) * each, options, nproc=nproc)[0])
+        of_ranks = ranks(call, strategy, str(folder), index * each, (index + 1) * each, options, nproc=nproc)
+        results.append({**of_ranks[0], "draws": list(zip(*(one["draws"] for one in of_ranks), strict=True))})
     return results
 
 
@@ -117,10 +138,10 @@ def test_going_on_at_the_same_place_is_exact(
 ) -> None:
     (whole,) = through(ranks, tmp_path / "whole", [place], **options)
     parts = through(ranks, tmp_path / "parts", [place, place, place], **options)
-    assert [loss for part in parts for loss in part["losses"]] == whole["losses"]
+    for key in ("losses", "samples", "draws"):
+        assert [one for part in parts for one in part[key]] == whole[key]
     for key, value in whole["weights"].items():
         assert torch.equal(parts[-1]["weights"][key], value), key
-    assert torch.equal(parts[-1]["draw"], whole["draw"])
     assert (parts[-1]["rate"], parts[-1]["epoch"]) == (whole["rate"], whole["epoch"])
     assert parts[-1]["counter"]["batches"] == whole["counter"]["batches"] == WINDOWS * STEPS
     assert parts[-1]["counter"][("a", 1)] == {2, 3}
@@ -140,10 +161,12 @@ def test_every_place_goes_on_from_every_other(ranks: RankPool, tmp_path: Path, w
     strategy, nproc = PLACES[writer]
     (first,) = ranks(call, strategy, str(tmp_path), 0, 3, {}, nproc=nproc)[:1]
     assert first["losses"] == pytest.approx(whole["losses"][:6], abs=1e-6)
+    assert first["samples"] == whole["samples"][: 6 * BATCH]
     for reader in PLACES:
         strategy, nproc = PLACES[reader]
         second = ranks(call, strategy, str(tmp_path), 3, 6, {"save": False}, nproc=nproc)[0]
         assert second["losses"] == pytest.approx(whole["losses"][6:], abs=1e-6), reader
+        assert second["samples"] == whole["samples"][6 * BATCH :], reader
         assert second["rate"] == pytest.approx(whole["rate"])
         for key, value in whole["weights"].items():
             torch.testing.assert_close(second["weights"][key], value, atol=1e-5, rtol=1e-4)
