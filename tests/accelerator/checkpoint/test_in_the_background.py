@@ -49,6 +49,17 @@ def test_it_holds_what_there_was_at_the_call(ranks: RankPool, tmp_path: Path, st
     assert ranks(train_on, strategy, str(tmp_path), nproc=nproc) == [True] * nproc
 
 
+def test_the_next_waits_for_the_one_in_flight(tmp_path: Path) -> None:
+    accelerator = Accelerator(CPU())
+    accelerator.prepare(nn.Linear(2000, 2000))
+    for number in range(3):
+        accelerator.save_state(tmp_path / str(number), async_=True)
+        written = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
+        assert {str(before) for before in range(number)} <= set(written)
+        assert len(list(tmp_path.glob(".writing-*"))) <= 1
+    accelerator.end_training()
+
+
 def test_a_failure_is_raised_by_the_next_call_once(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     accelerator = Accelerator(CPU(), project_dir=tmp_path)
