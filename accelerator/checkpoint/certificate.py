@@ -235,7 +235,7 @@ class Certificates(Observer):
 def _read_on_main(path: Path, manifest: Mapping[str, Any], is_main: bool) -> tuple[Step | None, str | None]:
     if is_main:
         try:
-            return read(path, manifest), None
+            return read(path.resolve(), manifest), None
         except StateError as error:
             return None, str(error)
     return None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -118,11 +119,13 @@ class Checkpoints:
         self._meet("load_state", place if remote.is_url(place) else path, _checked(on_drift))
         self.wait()
         self._look(path.absolute().parent)
+        self._peers.on_main(lambda: saving.bring_back(path.absolute().parent, path.name))
         if remote.is_url(place):
             with remote.fetched(place, self._peers) as copy:
                 self._load(copy, loading.verified(copy, self._peers, per_machine=True), on_drift, place)
         else:
-            self._load(path.absolute(), loading.verified(path.absolute(), self._peers), on_drift, path.name)
+            with folders.held(path.absolute()) as here:
+                self._load(here, loading.verified(here, self._peers), on_drift, path.name)
         return path
 
     def due(self, *, every_steps: int | None, every_minutes: float | None, signals: Sequence[str]) -> bool:
@@ -148,9 +151,11 @@ class Checkpoints:
         self._meet("resume", None, _checked(on_drift))
         self.wait()
         self._look()
-        found = loading.newest(self.folder.absolute(), self._peers)
-        if found is not None:
-            self._load(*found, on_drift, found[0].name)
+        with ExitStack() as stack:
+            found = loading.newest(self.folder.absolute(), self._peers, stack)
+            if found is not None:
+                path, here, manifest = found
+                self._load(here, manifest, on_drift, path.name)
         return found[0] if found is not None else None
 
     def _load(self, path: Path, manifest: dict[str, Any], on_drift: OnDrift, name: str) -> None:

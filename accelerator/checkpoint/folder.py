@@ -8,11 +8,12 @@ place. A folder without a manifest that fits is no checkpoint.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +31,7 @@ _BESIDE = {MANIFEST, CERTIFICATE, f".{CERTIFICATE}.new"}
 _OF_A_CHECKPOINT = re.compile(
     r"manifest\.json|state\.json|\.?certificate\.json(\.new)?|tensors/(\.metadata|[^/]+\.distcp)"
 )
+_OPEN = "/proc/self/fd/"
 _ELSEWHERE = "Name a folder that is not there yet, or an older checkpoint."
 _BLOCK = 2**20  # fits the cache of a core: what was digested there is written from there
 
@@ -127,8 +129,8 @@ def all_in(parent: Path) -> list[Path]:
 def _written_at(path: Path) -> float:
     try:
         return float(json.loads((path / MANIFEST).read_text())["time"])
-    except (OSError, ValueError, KeyError, TypeError):  # a broken one
-        return path.stat().st_mtime
+    except (OSError, ValueError, KeyError, TypeError):  # a broken one, or deleted just now
+        return path.stat().st_mtime if path.exists() else 0.0
 
 
 def hidden_beside(target: Path, token: str) -> Path:
@@ -169,7 +171,7 @@ def commit(hidden: Path, target: Path, files: Mapping[str, FileEntry], about: Ma
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         hidden.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        _delete(old)
     else:
         hidden.rename(target)
     flush(target.parent)
@@ -265,25 +267,24 @@ def what_is_wrong(folder: Path, manifest: Mapping[str, Any], rank: int = 0, size
     return wrong
 
 
-def bring_back(parent: Path, name: str | None = None) -> None:
-    """Undo the first half of an exchange that was killed in the middle: the older one of a step is all there is.
-
-    Of `name`, or of every step.
-    """
-    for old in parent.glob(f"{OLD}*"):
-        target = old.with_name(old.name.removeprefix(OLD))
-        if _is_one(target.name, name) and not target.exists() and (old / MANIFEST).exists():
-            old.rename(target)
+def half_exchanged(parent: Path, name: str | None = None) -> list[Path]:
+    """The places of those of which the older one is out of the way and the new one not there, of `name` or any step."""
+    places = [old.with_name(old.name.removeprefix(OLD)) for old in parent.glob(f"{OLD}*") if (old / MANIFEST).exists()]
+    return [place for place in places if _is_one(place.name, name) and not place.exists()]
 
 
 def clear_up(parent: Path, name: str | None = None) -> None:
-    """Delete what killed saves of `name` have left, or of every step. To be called by the only writer of those."""
-    bring_back(parent, name)
+    """Undo exchanges of `name`, or of every step, that were killed in the middle, and delete what is left of saves.
+
+    To be called by the only writer of those.
+    """
+    for place in half_exchanged(parent, name):
+        place.with_name(OLD + place.name).rename(place)
     left = [(path, path.name.removeprefix(OLD)) for path in parent.glob(f"{OLD}*")]
     left += [(path, path.name.removeprefix(_HIDDEN).rpartition(".")[0]) for path in parent.glob(f"{_HIDDEN}*")]
     for path, of in left:
         if _is_one(of, name):
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
 
 
 def _is_one(of: str, name: str | None) -> bool:
@@ -291,12 +292,59 @@ def _is_one(of: str, name: str | None) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, out of sight in one rename first: half of one is never seen."""
+    """Delete a checkpoint, out of sight in one rename first: half of one is never seen. One that is read stays."""
     old = folder.with_name(OLD + folder.name)
-    shutil.rmtree(old, ignore_errors=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # else it might be brought back
-    folder.rename(old)
-    shutil.rmtree(old, ignore_errors=True)
+    with _unread(folder) as unread:
+        if unread:
+            shutil.rmtree(old, ignore_errors=True)
+            (folder / MANIFEST).unlink(missing_ok=True)  # else it might be brought back
+            folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _delete(folder: Path) -> None:
+    """Delete what is out of sight, unless somebody reads it: whoever clears up next does it then."""
+    with _unread(folder) as unread:
+        if unread:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Path]:
+    """A path of the checkpoint that `folder` is now, for the block: not replaced by what is saved there, nor deleted.
+
+    `folder` itself where there is none, and on systems that know no path of an open folder.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            yield folder
+            return
+        stack.callback(os.close, descriptor)
+        with contextlib.suppress(OSError):  # it is just being deleted, or the file system has no locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        here = Path(f"{_OPEN}{descriptor}")
+        try:
+            yield here if here.is_dir() else folder
+        except StateError as error:  # of any rank, whose descriptor may be another
+            raise StateError(re.sub(rf"{_OPEN}\d+", lambda _: str(folder), str(error))) from error
+
+
+@contextlib.contextmanager
+def _unread(folder: Path) -> Iterator[bool]:
+    """Whether nobody holds `folder`; if so, nobody begins to for the block."""
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True
 
 
 def _is_plain(name: str) -> bool:

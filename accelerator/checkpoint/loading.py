@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +19,44 @@ from . import random_state, replicas, tensors, windows
 from .content import Content
 from .encode import decode
 from .peers import Peers
-from .saving import STATE, TENSORS
+from .saving import STATE, TENSORS, bring_back
 
 _log = logging.getLogger("accelerator")
 
 
-def newest(parent: Path, peers: Peers) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint below `parent` written last of those that are whole, and its manifest. Collective.
+def newest(parent: Path, peers: Peers, stack: ExitStack) -> tuple[Path, Path, dict[str, Any]] | None:
+    """The checkpoint below `parent` written last of those that are whole, a path to read it by, and its manifest.
 
-    `None` if there is none. Warns of those that are not whole, and where another has a higher step. Raises `StateError`
-    if there are some, and none is whole, or if it is of a later release.
+    Collective. It is held until `stack` is left. `None` if there is none. Warns of those that are not whole, and where
+    another has a higher step. Raises `StateError` if there are some, and none is whole, or if it is of a later release.
     """
-    peers.on_main(lambda: folders.bring_back(parent))
-    here = [path.name for path in folders.newest_first(parent)] if peers.world.is_main else []
-    reasons: list[str] = []
-    names = peers.gather(here)[0]
-    for name in names:
+    reasons: dict[str, str] = {}
+    peers.on_main(lambda: bring_back(parent))
+    while True:  # looked at anew each time: a training may delete what is read, and write others
+        seen = peers.each(lambda: [path.name for path in folders.newest_first(parent)] if peers.world.is_main else [])
+        names = [name for name in seen[0] if name not in reasons]
+        if not names:
+            break
+        name = names[0]
         try:
-            manifest = verified(parent / name, peers)
+            with ExitStack() as holding:
+                here = holding.enter_context(folders.held(parent / name))
+                manifest = verified(here, peers)
+                stack.push(holding.pop_all())
             if peers.world.is_main and max(names) > name and not reasons:
                 _log.warning(
                     "taking %s, which was written last, although there is %s, written before", name, max(names)
                 )
-            return parent / name, manifest
+            return parent / name, here, manifest
         except StateError as error:
             if peers.gather(peers.world.is_main and folders.is_newer(parent / name))[0]:
                 raise  # it is whole, and going on from an older one would lose what it has
-            reasons.append(str(error))
+            reasons[name] = str(error)
             if peers.world.is_main:
                 _log.warning("%s: trying an older checkpoint", error)
     if reasons:
-        raise StateError(f"none of the {len(reasons)} checkpoints in {str(parent)!r} is whole: {'; '.join(reasons)}")
+        why = "; ".join(reasons.values())
+        raise StateError(f"none of the {len(reasons)} checkpoints in {str(parent)!r} is whole: {why}")
     return None
 
 
@@ -63,7 +71,7 @@ def verified(path: Path, peers: Peers, *, per_machine: bool = False) -> dict[str
 
     def place() -> tuple[str, str]:
         manifest.update(folders.read_manifest(path))
-        return str(path), folders.digest_of(manifest)
+        return str(path.resolve()), folders.digest_of(manifest)
 
     places = peers.each(place)
     if len({digest for _, digest in places}) > 1:

@@ -30,6 +30,7 @@ from .lineage import Lineage
 from .peers import Peers
 
 STATE, TENSORS, LOCK = "state.json", "tensors", ".lock"
+_SECONDS_OF_AN_EXCHANGE = 10.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,23 @@ def _only_writer(target: Path, beside: bool) -> Iterator[None]:
         stack.callback(lambda: own.unlink(missing_ok=True))  # while it is held
         folders.clear_up(parent, None if beside else target.name)
         yield
+
+
+def bring_back(parent: Path, name: str | None = None) -> None:
+    """Have the checkpoint of `name`, or of any step, in its place again whose exchange was killed in the middle.
+
+    One that another process is just exchanging is waited for. Whoever only reads calls it, on one rank.
+    """
+    until = time.monotonic() + _SECONDS_OF_AN_EXCHANGE
+    for place in folders.half_exchanged(parent, name):
+        while not place.exists() and time.monotonic() < until:
+            try:
+                with _only_writer(place, beside=False):
+                    pass
+            except StateError:
+                time.sleep(0.01)
+            except OSError:  # a folder that may only be read: the next writer does it
+                break
 
 
 def _lock(stack: contextlib.ExitStack, path: Path, where: str) -> None:
