@@ -51,7 +51,7 @@ def main(number: int) -> None:
             place, attempts = f"{folder}/{runs}", 0
             while True:
                 victims = [[0], [1], [0, 1]][kills % 3]
-                delay = 0.02 + seconds * ((kills * 0.618) % 1.0) * 0.6
+                delay = 0.02 + seconds * (((kills + runs) * 0.618) % 1.0) * 0.6  # another one, if it came too late
                 delay = delay if kills < number and attempts < 12 else 1e6
                 results = ranks(
                     train, strategy, place, victims if delay < 1e6 else [], delay, timeout=200, return_exceptions=True
