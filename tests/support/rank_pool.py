@@ -153,13 +153,13 @@ class RankPool:
         ended, `WorkerHung` if none failed but some still run after `timeout` seconds. With
         `return_exceptions`, exceptions stand in the list instead.
         """
-        payload = _pickled(fn, args)
+        payload, modules = _pickled(fn, args), _test_modules()
         workers = {rank: self._worker(rank) for rank in range(nproc)}
         store = agent_store()
         outcomes: dict[int, Outcome] = {}
         try:
             for rank, worker in workers.items():
-                call = self._call(payload, worker, launch_variables(rank, nproc, store.port), env)
+                call = self._call(payload, modules, worker, launch_variables(rank, nproc, store.port), env)
                 worker.pipe.send_bytes(pickle.dumps(call))
             self._collect(workers, outcomes, timeout)
         finally:
@@ -204,6 +204,7 @@ class RankPool:
     def _call(
         self,
         payload: bytes,
+        modules: dict[str, str],
         worker: Worker,
         launch: dict[str, str],
         env: Mapping[str, str | None] | None,
@@ -212,7 +213,7 @@ class RankPool:
         worker.output.unlink(missing_ok=True)
         return Call(
             payload=payload,
-            modules=_test_modules(),
+            modules=modules,
             filters=list(warnings.filters),
             environment={name: value for name, value in asked.items() if value is not None},
             output=str(worker.output),
@@ -297,10 +298,11 @@ def _unpickled_error(outcome: Outcome) -> BaseException:
 
 def _test_modules() -> dict[str, str]:
     """Modules of this process that come from files of the test tree, and are not importable by name."""
+    tests, support = f"{TESTS}{os.sep}", f"{SUPPORT}{os.sep}"
     found = {}
     for name, module in list(sys.modules.items()):
-        path = getattr(module, "__file__", None)
-        if path and TESTS in Path(path).parents and SUPPORT not in Path(path).parents:
+        path = getattr(module, "__file__", None) or ""
+        if path.startswith(tests) and not path.startswith(support):  # of text: thousands of modules, at every call
             found[name] = path
     return found
 
