@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,15 @@ from rank_worker import STACKS_SIGNAL, Call, Outcome, RemoteError, serve
 
 SUPPORT = Path(__file__).resolve().parent
 TESTS = SUPPORT.parent
-PRELOAD = ["rank_worker", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
+PRELOAD = [
+    "rank_worker",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",
+    "accelerator",
+    "hypothesis.strategies",
+    "pytest",
+]
 LAUNCH_PREFIXES = ("ACCELERATOR_", "TORCHELASTIC_", "MASTER_", "SLURM_", "GROUP_", "ROLE_", "PMI_", "OMPI_")
 LAUNCH_NAMES = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
 
@@ -74,6 +82,16 @@ def launch_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def warm_context() -> ForkServerContext:
+    """What forks processes from one that has torch, and begins to import it where that has not begun."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
+    with _environment({**without_launch_variables(os.environ), "PYTHONPATH": path}):  # Python 3.11 hands on no path
+        forkserver.ensure_running()
+    return context
 
 
 def agent_store() -> dist.TCPStore:
@@ -123,15 +141,12 @@ class RankPool:
     grace_seconds = 10.0
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
         self._workers: dict[int, Worker] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
 
     def warm(self) -> None:
         """Start importing torch in the fork server, in the background."""
-        with _environment(without_launch_variables(os.environ)):
-            forkserver.ensure_running()
+        warm_context()
 
     def __call__(
         self,
@@ -188,11 +203,11 @@ class RankPool:
         if rank in self._workers and not self._workers[rank].process.is_alive():
             self._replace([rank])
         if rank not in self._workers:
-            ours, theirs = self._context.Pipe()
-            their_lifeline, lifeline = self._context.Pipe(duplex=False)
-            process = self._context.Process(target=serve, args=(theirs, their_lifeline), name=f"rank{rank}")
-            with _environment(without_launch_variables(os.environ)):
-                process.start()
+            context = warm_context()
+            ours, theirs = context.Pipe()
+            their_lifeline, lifeline = context.Pipe(duplex=False)
+            process = context.Process(target=serve, args=(theirs, their_lifeline), name=f"rank{rank}")
+            process.start()
             theirs.close()
             their_lifeline.close()
             self._workers[rank] = Worker(process, ours, lifeline, self._folder / f"rank{rank}.txt")

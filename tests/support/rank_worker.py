@@ -141,6 +141,7 @@ def _surroundings(call: Call) -> Iterator[dict[str, bool]]:
         yield state
         try:
             gc.collect()
+            gc.freeze()  # what lives on are modules that the call has imported
             if dist.is_initialized():
                 dist.destroy_process_group()
         except Exception:
