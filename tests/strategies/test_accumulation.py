@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-
-import pytest
 import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -14,15 +10,6 @@ from oracle import Case, Run, assert_equal, cases, train_plain, train_prepared
 from rank_pool import RankPool
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Every Accelerator collects garbage at its end; torch's million objects need no visit each time."""
-    train_prepared(Case(length=1))  # torch imports what an optimizer needs
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def train_all(several: list[Case]) -> list[Run]:
