@@ -161,9 +161,11 @@ def _check(settings: Settings, layer: Layer, asked: object) -> None:
             f"first_step_timeout is {settings.first_step_timeout} ({layer['first_step_timeout'].origin}) and "
             "hang_timeout is None; expected both, or hang_timeout alone"
         )
+    from strategies.registry import BUILT_IN
+
     name = settings.strategy
-    if asked is not None or ":" in name or name == "auto":
-        return
+    if asked is not None or ":" in name or name == "auto" or name in BUILT_IN:
+        return  # before the metadata of every installed package is read
     names = ["auto", *strategy_names()]
     if name not in names:
         raise ConfigurationError(
