@@ -141,9 +141,10 @@ def _surroundings(call: Call) -> Iterator[dict[str, bool]]:
         yield state
         try:
             gc.collect()
-            gc.freeze()  # what lives on are modules that the call has imported
             if dist.is_initialized():
                 dist.destroy_process_group()
+                gc.collect()
+            gc.freeze()  # what lives on are modules that the call has imported
         except Exception:
             traceback.print_exc()
             state["clean"] = False
