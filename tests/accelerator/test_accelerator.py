@@ -97,7 +97,9 @@ def test_a_failure_in_the_block_leaves_nobody_waiting(ranks: RankPool, on_main: 
 
 
 def share(inputs: Any, apply_padding: bool) -> Any:
-    with Accelerator(strategy="ddp").split_between_processes(inputs, apply_padding) as part:
+    accelerator = Accelerator(strategy="ddp")
+    with accelerator.split_between_processes(inputs, apply_padding) as part:
+        accelerator.wait_for_everyone()  # for ranks that gloo has not connected yet
         return part
 
 
