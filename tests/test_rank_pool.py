@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,3 +282,42 @@ def test_fresh_names_ranks_that_hang_and_shows_stacks(fresh: FreshProcesses) -> 
     script = "import time\ndef waiting_here():\n    time.sleep(60)\nwaiting_here()\n"
     with pytest.raises(TimeoutError, match=r"ranks \[0\] still ran after 2 s(.|\n)*waiting_here"):
         fresh(script, timeout=2)
+
+
+ENDS = """
+import atexit, os, sys, threading
+atexit.register(print, "at exit")
+threading.Timer(0.3, print, ("from a thread",)).start()
+print(__name__, sys.argv, os.environ["RANK"], os.environ.get("MESS"))
+how = sys.argv[1]
+if how == "kill":
+    os.kill(os.getpid(), 9)
+if how == "raise":
+    raise KeyError("no")
+sys.exit({"words": "no", "code": 3, "end": None}[how])
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("end", 0), ("code", 3), ("words", 1), ("raise", 1), ("kill", -9)])
+def test_a_warm_process_ends_as_a_fresh_one_does(
+    fresh: FreshProcesses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, code: int
+) -> None:
+    (tmp_path / "ends.py").write_text(ENDS)
+    monkeypatch.setenv("MESS", "1")
+    ended = [fresh(tmp_path / "ends.py", how, nproc=2, cwd=tmp_path, warm=warm) for warm in (False, True)]
+    for cold, warm in zip(*ended, strict=True):
+        assert (warm.returncode, warm.stdout) == (cold.returncode, cold.stdout)
+        assert warm.returncode == code
+        assert warm.stderr.splitlines()[-1:] == cold.stderr.splitlines()[-1:]
+
+
+def test_a_warm_process_that_waits_gets_signals_and_is_killed_with_its_test(fresh: FreshProcesses) -> None:
+    script = "import time, signal\nprint('ready')\ntime.sleep(60)\n"
+    job = fresh.start(script, nproc=2, warm=True)
+    for rank in range(2):
+        job.wait_for("ready", rank)
+    job.send_signal(signal.SIGTERM, rank=1)
+    assert job.processes[1].wait(10) == -signal.SIGTERM
+    assert job.processes[0].poll() is None
+    job.kill()
+    assert job.processes[0].poll() == -signal.SIGKILL

@@ -284,8 +284,8 @@ print("done")
 
 @pytest.mark.timeout(300)
 def test_two_processes_exit_cleanly_every_time(fresh: FreshProcesses) -> None:
-    for _ in range(4):  # fifty times in tests/benchmarks/bench_exit.py
-        for finished in fresh(TRAINING, nproc=2):
+    for warm in (False, True, True, True):  # fifty times in tests/benchmarks/bench_exit.py
+        for finished in fresh(TRAINING, nproc=2, warm=warm):
             assert (finished.returncode, finished.stdout, finished.stderr) == (0, "done\n", "")
 
 

@@ -359,6 +359,6 @@ print("trained on", accelerator.num_processes)
 
 
 def test_under_plain_python_the_world_is_one(fresh: FreshProcesses) -> None:
-    (finished,) = fresh(ALONE)
+    (finished,) = fresh(ALONE, warm=True)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == "trained on 1\n"

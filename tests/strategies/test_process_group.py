@@ -171,7 +171,7 @@ except Exception as error:
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_rank_killed_in_a_collective_is_named_within_seconds(fresh: FreshProcesses, lost: int) -> None:
     own_store = {"TORCHELASTIC_USE_AGENT_STORE": None, "MASTER_PORT": str(free_port())}  # rank 0's, not an agent's
-    finished = fresh(LOST, str(lost), nproc=2, env=own_store)
+    finished = fresh(LOST, str(lost), nproc=2, env=own_store, warm=True)
     assert finished[lost].returncode == -signal.SIGKILL
     waiting = finished[1 - lost]
     assert waiting.returncode == 7
@@ -340,7 +340,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_exception_in_the_dataset_of_one_rank_is_told_to_the_others(fresh: FreshProcesses, num_workers: int) -> None:
-    failing, waiting = fresh(DATASET, str(num_workers), nproc=2)  # sample 9 is in rank 0's third batch
+    failing, waiting = fresh(DATASET, str(num_workers), nproc=2, warm=True)  # sample 9 is in rank 0's third batch
     assert failing.stdout.startswith("ValueError: ")
     assert "sample 9 is broken" in failing.stdout
     assert waiting.stdout.startswith(

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from rank_pool import TESTS, agent_store, launch_variables, without_launch_variables
 from torch_version import without_gloo_lines
+from warm_process import WarmProcess
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,17 @@ class Finished:
 class Job:
     """Processes running one script, one per rank."""
 
-    def __init__(self, commands: Sequence[tuple[list[str], dict[str, str]]], cwd: Path, store: dist.TCPStore) -> None:
+    def __init__(
+        self, commands: Sequence[tuple[list[str], dict[str, str]]], cwd: Path, store: dist.TCPStore, warm: bool
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fresh-", dir=cwd))
         self._store = store  # lives as long as the job: ranks meet there
         self._start = time.monotonic()
-        self.processes = [self._popen(rank, *command, cwd) for rank, command in enumerate(commands)]
+        start = self._fork if warm else self._popen
+        self.processes = [start(rank, *command, cwd) for rank, command in enumerate(commands)]
+
+    def _fork(self, rank: int, argv: list[str], env: dict[str, str], cwd: Path) -> WarmProcess:
+        return WarmProcess(argv[1:], env, cwd, self._file(rank, "out"), self._file(rank, "err"))
 
     def _popen(self, rank: int, argv: list[str], env: dict[str, str], cwd: Path) -> subprocess.Popen[bytes]:
         with open(self._file(rank, "out"), "wb") as out, open(self._file(rank, "err"), "wb") as err:
@@ -47,13 +54,17 @@ class Job:
     def _file(self, rank: int, stream: str) -> Path:
         return self.folder / f"{rank}.{stream}"
 
+    def _read(self, rank: int, stream: str) -> str:
+        path = self._file(rank, stream)
+        return path.read_text(errors="replace") if path.exists() else ""
+
     def stdout(self, rank: int = 0) -> str:
         """What this rank has printed so far."""
-        return without_gloo_lines(self._file(rank, "out").read_text(errors="replace"))
+        return without_gloo_lines(self._read(rank, "out"))
 
     def stderr(self, rank: int = 0) -> str:
         """What this rank has written to standard error so far."""
-        return self._file(rank, "err").read_text(errors="replace")
+        return self._read(rank, "err")
 
     def send_signal(self, number: int, rank: int = 0) -> None:
         """Send a signal to the process of one rank, and not to its children."""
@@ -94,6 +105,7 @@ class Job:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait(10)
 
     def _report(self) -> str:
@@ -117,13 +129,15 @@ class FreshProcesses:
         nproc: int | None = None,
         env: Mapping[str, str | None] | None = None,
         cwd: Path | None = None,
+        warm: bool = False,
     ) -> Job:
         """Start a script and return at once.
 
         `script` is a path, or the text of a script (anything with a newline in it), or a list of arguments
         for the interpreter such as `["-m", "accelerator.cli"]`. Without `nproc` it is one process with no
         launch variables; with it, that many ranks with what torchrun would set. `env` is added; `None`
-        removes a variable.
+        removes a variable. With `warm` they are forked from a process that has imported torch and this
+        library, for a script whose imports are not what is looked at; see `warm_process`.
         """
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         argv = [sys.executable, *_interpreter_arguments(script, folder), *args]
@@ -132,7 +146,7 @@ class FreshProcesses:
         for rank in range(nproc or 1):
             launch = launch_variables(rank, nproc, store.port) if nproc else {}
             commands.append((argv, _environment(launch, env)))
-        job = Job(commands, cwd or folder, store)
+        job = Job(commands, cwd or folder, store, warm)
         self._jobs.append(job)
         return job
 
@@ -144,9 +158,10 @@ class FreshProcesses:
         env: Mapping[str, str | None] | None = None,
         cwd: Path | None = None,
         timeout: float = 60.0,
+        warm: bool = False,
     ) -> list[Finished]:
         """Run a script to its end and return what came of each rank; see `start`. Nothing is raised for its failure."""
-        return self.start(script, *args, nproc=nproc, env=env, cwd=cwd).wait(timeout)
+        return self.start(script, *args, nproc=nproc, env=env, cwd=cwd, warm=warm).wait(timeout)
 
     def kill_leftovers(self) -> None:
         """End whatever a test has started and not waited for."""

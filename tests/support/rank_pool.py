@@ -34,10 +34,13 @@ SUPPORT = Path(__file__).resolve().parent
 TESTS = SUPPORT.parent
 PRELOAD = [
     "rank_worker",
+    "warm_process",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
+    "torch.distributed.launcher.api",
     "torch._dynamo",
     "accelerator",
+    "accelerator.cli",
     "hypothesis.strategies",
     "pytest",
 ]

@@ -192,7 +192,7 @@ else:
 
 
 def test_a_full_disk(fresh: FreshProcesses, tmp_path: Path) -> None:
-    (finished,) = fresh(FULL, str(tmp_path))
+    (finished,) = fresh(FULL, str(tmp_path), warm=True)
     assert finished.returncode == 0, finished.stderr
     assert not list(tmp_path.iterdir())
 

@@ -169,7 +169,7 @@ check()
 
 
 def test_a_forked_process_reads_for_itself(fresh: FreshProcesses, tmp_path: Path) -> None:
-    (finished,) = fresh(FORK, str(tmp_path))
+    (finished,) = fresh(FORK, str(tmp_path), warm=True)
     assert finished.returncode == 0, finished.stderr
 
 

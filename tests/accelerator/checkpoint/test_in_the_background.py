@@ -82,7 +82,7 @@ accelerator.save_state(async_=True)
 
 
 def test_the_exit_waits_for_the_last(fresh: FreshProcesses, tmp_path: Path) -> None:
-    for finished in fresh(LEAVES, str(tmp_path), nproc=2):
+    for finished in fresh(LEAVES, str(tmp_path), nproc=2, warm=True):
         assert finished.returncode == 0, finished.stderr
     manifest = json.loads((tmp_path / "checkpoints" / "step-000000000" / "manifest.json").read_text())
     assert sum(entry["size"] for entry in manifest["files"].values()) > 2000 * 2000 * 4
@@ -117,7 +117,7 @@ else:
 def test_a_failure_that_nobody_sees_is_the_exit_code(
     fresh: FreshProcesses, tmp_path: Path, how: str, code: int
 ) -> None:
-    (finished,) = fresh(FAILS, str(tmp_path), how)
+    (finished,) = fresh(FAILS, str(tmp_path), how, warm=how != "exit")
     assert finished.returncode == code, finished.stderr
     assert "the last save_state(async_=True) failed" in finished.stdout + finished.stderr
     assert "registered after" in finished.stdout

@@ -108,7 +108,7 @@ accelerator.save_state()
 
 def test_a_job_of_another_process_is_noticed(fresh: FreshProcesses, tmp_path: Path) -> None:
     first = Run(tmp_path)
-    (finished,) = fresh(SECOND, str(tmp_path))
+    (finished,) = fresh(SECOND, str(tmp_path), warm=True)
     assert finished.returncode == 0, finished.stderr
     with pytest.raises(StateError, match="another job has written step-000000000"):
         first.go(1)
@@ -199,5 +199,5 @@ finally:
 
 
 def test_it_loads_from_below_a_folder_that_may_not_be_listed(fresh: FreshProcesses) -> None:
-    (finished,) = fresh(LOCKED)
+    (finished,) = fresh(LOCKED, warm=True)
     assert finished.returncode == 0, finished.stderr

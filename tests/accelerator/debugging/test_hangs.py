@@ -171,7 +171,7 @@ def test_a_deadlock_in_a_worker_is_told_and_the_worker_ended(fresh: FreshProcess
     """Left alive, it would keep what reads the job's output waiting, too."""
     script = "import test_hangs\nif __name__ == '__main__':\n    test_hangs.deadlocked_worker()\n"
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    (ended,) = fresh(script, env={"PYTHONPATH": paths})
+    (ended,) = fresh(script, env={"PYTHONPATH": paths}, warm=True)
     assert ended.returncode == 1, ended.stderr
     assert sorted(re.findall(r"hello \d", ended.stdout)) == ["hello 0", "hello 1"]
     place = ended.stderr.partition("Rank 0 is in no collective, at ")[2].splitlines()[0]
@@ -333,15 +333,14 @@ def test_the_verdict(reports: list[Report], expected: str) -> None:
     assert len(table(reports).splitlines()) == len(reports) + 1
 
 
-def test_the_launcher_repeats_the_cause(tmp_path: Path) -> None:
+def test_the_launcher_repeats_the_cause(fresh: FreshProcesses, tmp_path: Path) -> None:
     script = tmp_path / "hang.py"
     script.write_text(
         "import time\nfrom accelerator import Accelerator\naccelerator = Accelerator('ddp')\n"
         "if accelerator.is_main_process:\n    accelerator.wait_for_everyone()\ntime.sleep(60)\n"
     )
-    command = [sys.executable, "-m", "accelerator", "launch", "--nproc-per-node", "2", "--hang-timeout", "2"]
-    command += ["--first-step-timeout", "3", str(script)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    command = ["-m", "accelerator", "launch", "--nproc-per-node", "2", "--hang-timeout", "2"]
+    (finished,) = fresh([*command, "--first-step-timeout", "3", str(script)], timeout=100, warm=True)
     assert finished.returncode == 1
     assert finished.stderr.count("rank  waits in") == 1
     assert f"Rank 0 waits in wait_for_everyone (all_gather) at {script}:5 in <module>" in finished.stderr

@@ -199,7 +199,7 @@ sys.exit(main(["doctor", *sys.argv[1:]]))
 
 
 def test_two_processes_with_few_open_files(fresh: FreshProcesses) -> None:
-    (run,) = fresh(LIMITED, "--nproc", "2", env={"OMP_NUM_THREADS": None}, timeout=110)
+    (run,) = fresh(LIMITED, "--nproc", "2", env={"OMP_NUM_THREADS": None}, timeout=110, warm=True)
     assert run.returncode == 1, run.stderr
     assert "2 joined under DDP" in run.stdout
     number = len(probes(World()))
@@ -225,7 +225,7 @@ sys.exit(main(["doctor"]))
 
 def test_a_rank_whose_machine_is_unlike_the_others(fresh: FreshProcesses) -> None:
     """Inside a job that another launcher started, as under torchrun or srun."""
-    first, second = fresh(UNLIKE, nproc=2, timeout=110)
+    first, second = fresh(UNLIKE, nproc=2, timeout=110, warm=True)
     assert first.returncode == 1, first.stderr
     assert "safetensors differs: " in first.stdout
     assert "0.0.1 on rank 1" in " ".join(first.stdout.split())
@@ -244,7 +244,7 @@ def test_processes_that_cannot_start(monkeypatch: pytest.MonkeyPatch, capfd: pyt
 
 
 def test_a_rank_that_never_comes(fresh: FreshProcesses) -> None:
-    job = fresh.start(["-m", "accelerator", "doctor", "--seconds", "3"], nproc=2)
+    job = fresh.start(["-m", "accelerator", "doctor", "--seconds", "3"], nproc=2, warm=True)
     job.send_signal(9, rank=1)
     alive, _ = job.wait(110)
     assert alive.returncode == 1

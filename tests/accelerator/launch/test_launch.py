@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import accelerator.config
+from fresh_process import Finished, FreshProcesses, Job
 from rank_pool import without_launch_variables
 from torch_version import ended_peers_are_listed, without_gloo_lines
 
@@ -25,9 +26,13 @@ ROOT = Path(accelerator.config.__file__).parents[2]
 
 @dataclass
 class Launcher:
-    """Starts `python -m accelerator launch` in `folder`, and ends what a failing test left running."""
+    """Starts `python -m accelerator launch` in `folder`, and ends what a failing test left running.
+
+    A job that is only run to its end has a launcher that is forked; its processes are started as always.
+    """
 
     folder: Path
+    fresh: FreshProcesses
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def script(self, text: str, name: str = "train.py") -> str:
@@ -49,18 +54,24 @@ class Launcher:
         self.running.append(process)
         return process
 
-    def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    def finish(self, process: subprocess.Popen[str]) -> Finished:
         out, err = process.communicate(timeout=60)
-        return subprocess.CompletedProcess(process.args, process.returncode, without_gloo_lines(out), err)
+        return Finished(process.returncode, without_gloo_lines(out), err, 0.0)
 
-    def __call__(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return self.finish(self.start(*words, **variables))
+    def fork(self, *words: str, **variables: str) -> Job:
+        as_users_have_it = dict.fromkeys(("OMP_NUM_THREADS", "PYTHONFAULTHANDLER", "PYTHONUNBUFFERED"))
+        command = ["-m", "accelerator", "launch", *words]
+        return self.fresh.start(command, cwd=self.folder, env=as_users_have_it | variables, warm=True)
+
+    def __call__(self, *words: str, **variables: str) -> Finished:
+        (finished,) = self.fork(*words, **variables).wait()
+        return finished
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launcher]:
+def launch(tmp_path: Path, fresh: FreshProcesses) -> Iterator[Launcher]:
     """`launch("--nproc-per-node", "2", "train.py")` runs a job to its end; `launch.start` only starts it."""
-    launcher = Launcher(tmp_path)
+    launcher = Launcher(tmp_path, fresh)
     yield launcher
     for process in launcher.running:
         if process.poll() is None:
@@ -330,11 +341,11 @@ def test_two_jobs_and_two_nodes_on_one_machine(launch: Launcher, free_port: int,
     )
     nodes = ["--nnodes", "2", "--rdzv-backend", backend, "--rdzv-endpoint", f"localhost:{free_port}", "train.py"]
     jobs = [
-        launch.start("--nproc-per-node", "1", "train.py"),
-        launch.start("--node-rank", "0", *nodes),
-        launch.start("--node-rank", "1", *nodes),
+        launch.fork("--nproc-per-node", "1", "train.py"),
+        launch.fork("--node-rank", "0", *nodes),
+        launch.fork("--node-rank", "1", *nodes),
     ]
-    done = [launch.finish(job) for job in jobs]
+    done = [finished for job in jobs for finished in job.wait()]
     assert [job.returncode for job in done] == [0, 0, 0], [job.stderr for job in done]
     assert [job.stdout for job in done] == ["total 1.0 of 1\n", "total 4.0 of 2\n", "total 4.0 of 2\n"]
 

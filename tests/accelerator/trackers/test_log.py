@@ -241,7 +241,7 @@ for step in range(10_000):
 
 
 def test_a_killed_run_leaves_a_log_that_is_read(fresh: FreshProcesses, tmp_path: Path) -> None:
-    job = fresh.start(KILLED, str(tmp_path))
+    job = fresh.start(KILLED, str(tmp_path), warm=True)
     job.wait_for("running")
     job.kill()
     steps = [step for step, _ in logged(tmp_path)]
