@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import accelerator.config
-from rank_pool import without_launch_variables
-
-ROOT = Path(accelerator.config.__file__).parents[2]
+from fresh_process import FreshProcesses
+from rank_pool import TESTS
 
 SCRIPT = """
 import os, random, signal, sys, threading
 
 import torch
-from killed_loop import train
 
 folder, strategy, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+sys.path.append(sys.argv[4])
+
+from killed_loop import train
+
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 
@@ -40,21 +38,21 @@ if os.environ["RANK"] == "0":
 
 
 @pytest.mark.parametrize(("strategy", "number"), [("ddp", 2), ("fsdp", 1)])
-def test_killed_runs_end_with_the_weights_of_one_that_was_not(tmp_path: Path, strategy: str, number: int) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT)
+def test_killed_runs_end_with_the_weights_of_one_that_was_not(
+    fresh: FreshProcesses, tmp_path: Path, strategy: str, number: int
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
     results = []
     for kills in (0, number):
         folder = tmp_path / str(kills)
-        command = ["-m", "accelerator", "launch", "--nproc-per-node", "2", "--max-restarts", str(kills), "train.py"]
-        done = subprocess.run(
-            [sys.executable, *command, str(folder), strategy, str(kills)],
-            cwd=tmp_path,
-            env=without_launch_variables(dict(os.environ)) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr
+        words = str(folder), strategy, str(kills), str(TESTS / "support")
+        launch = ["-m", "accelerator", "launch", "--nproc-per-node", "2", "--max-restarts", str(kills), str(script)]
+        if kills:
+            finished = fresh(launch, *words, timeout=240, warm=True)
+        else:
+            finished = fresh(script, *words, nproc=2, timeout=240, warm=True)
+        assert all(one.returncode == 0 for one in finished), finished[0].stderr
         results.append(torch.load(folder / "final.pt"))
     (whole, all_seen, _), (weights, seen, attempt) = results
     assert attempt == number
