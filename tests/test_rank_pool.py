@@ -131,6 +131,17 @@ def test_results_come_in_rank_order(ranks: RankPool, nproc: int) -> None:
     assert [answer.tensor[0].item() for answer in answers] == [1.0 + rank for rank in range(nproc)]
 
 
+def send_late() -> None:
+    dist.init_process_group("gloo")
+    if dist.get_rank():
+        time.sleep(0.2)
+        dist.isend(torch.ones(1), 0)  # raises where the other end of the connection is gone
+
+
+def test_a_rank_that_needs_no_other_stays_until_they_have_ended(ranks: RankPool) -> None:
+    ranks(send_late)
+
+
 @pytest.mark.parametrize("nproc", [1, 2, 4])
 def test_ranks_form_a_process_group(ranks: RankPool, nproc: int) -> None:
     assert ranks(sum_of_ranks, nproc=nproc) == [sum(range(nproc))] * nproc

@@ -97,9 +97,7 @@ def test_a_failure_in_the_block_leaves_nobody_waiting(ranks: RankPool, on_main: 
 
 
 def share(inputs: Any, apply_padding: bool) -> Any:
-    accelerator = Accelerator(strategy="ddp")
-    with accelerator.split_between_processes(inputs, apply_padding) as part:
-        accelerator.wait_for_everyone()  # for ranks that gloo has not connected yet
+    with Accelerator(strategy="ddp").split_between_processes(inputs, apply_padding) as part:
         return part
 
 
