@@ -120,10 +120,9 @@ class Record:
             self._timers.close()
 
 
-def exchanges_of(accumulation: Accumulation) -> list[Exchange]:
-    """What was measured last of the exchange of gradients, for each model whose strategy measures it."""
-    found = [accumulation.strategy.last_exchange(model.wrapped) for model in accumulation.models]
-    return [exchange for exchange in found if exchange is not None]
+def exchanges_of(accumulation: Accumulation) -> list[Exchange | None]:
+    """What was measured last of the exchange of gradients, for each model in the order of `prepare`, if it was."""
+    return [accumulation.strategy.last_exchange(model.wrapped) for model in accumulation.models]
 
 
 def values_of(settings: Settings) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def _exchange(runs: Sequence[RunData], names: Sequence[str]) -> str:
             continue
         for rank in run.ranks:
             measured, after = rank.exchanges(), rank.after_backward()
-            for model, (windows, seconds, hidden) in enumerate(measured, 1):
+            for model, (windows, seconds, hidden) in measured.items():
                 who = f"{prefix}rank {rank.rank}" + (f", model {model}" if len(measured) > 1 else "")
                 times = (f"{value * 1e3:.2f} ms" for value in (seconds, hidden, max(0.0, seconds - hidden)))
                 of_all = f"{after / rank.seconds:.1%}" if after is not None and rank.seconds else ""
@@ -181,8 +181,8 @@ def _exchange(runs: Sequence[RunData], names: Sequence[str]) -> str:
     if rows:
         notes.append(
             "Measured by torch from the first transfer of a window to the end of the last, with the wait for slower "
-            "ranks. What ran beside backward is in backward's time; what came after it is, on a CPU, the communication "
-            "above, and taken off closing backward."
+            "ranks. What ran beside backward is in backward's time; what came after it is, on a CPU and with one "
+            "model, the communication above, and taken off closing backward."
         )
     head = ["exchange of gradients", "per window", "beside backward", "after it", "of the time", "windows measured"]
     return _table(head, rows) + _notes(notes)

@@ -45,19 +45,20 @@ class RankData:
         """Measured seconds of the whole run."""
         return float(sum(line["seconds"] for line in self.lines))
 
-    def exchanges(self) -> list[tuple[int, float, float]]:
-        """For each model of which it was measured: in how many windows, and the means of `Exchange`'s seconds.
+    def exchanges(self) -> dict[int, tuple[int, float, float]]:
+        """By the number of each model that was measured: in how many windows, and the means of `Exchange`'s seconds.
 
-        A line has the window that was measured last, which stands for all windows of that line.
+        A line has, for each model, the window that was measured last, which stands for all windows of that line.
         """
         measured: dict[int, list[tuple[int, list[float]]]] = {}
         for line in self.lines:
-            for model, exchange in enumerate(line.get("exchanges", ())):
-                measured.setdefault(model, []).append((line["windows"], exchange))
-        found = []
-        for told in measured.values():
+            for model, exchange in enumerate(line.get("exchanges", ()), 1):
+                if exchange is not None:
+                    measured.setdefault(model, []).append((line["windows"], exchange))
+        found = {}
+        for model, told in sorted(measured.items()):
             _, seconds, hidden = np.average([one for _, one in told], axis=0, weights=[1e-9 + many for many, _ in told])
-            found.append((len({tuple(one) for _, one in told}), float(seconds), float(hidden)))
+            found[model] = len({tuple(one) for _, one in told}), float(seconds), float(hidden)
         return found
 
     def after_backward(self) -> float | None:
@@ -65,7 +66,7 @@ class RankData:
 
         `None` where none was, and for several models, which may have different windows.
         """
-        found = self.exchanges()
+        found = list(self.exchanges().values())
         if len(found) != 1:
             return None
         _, seconds, hidden = found[0]

@@ -51,7 +51,7 @@ class Timers(Observer):
         steps_taken: Callable[[], int],
         optimizers: Sequence[OptimizerLink],
         plan: Callable[[], Iterable[Sequence[str]]],
-        exchanges: Callable[[], Iterable[Exchange]] = tuple,
+        exchanges: Callable[[], Iterable[Exchange | None]] = tuple,
         count_flops: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -205,7 +205,7 @@ class Timers(Observer):
             "windows": self._windows,
             "samples": self._samples,
             "memory": _memory(self._world.device),
-            "exchanges": [list(exchange) for exchange in self._exchanges()],
+            "exchanges": [exchange and list(exchange) for exchange in self._exchanges()],
             "lr": [float(link.original.param_groups[0]["lr"]) for link in self._optimizers],
         }
         numbers = {"loss": self._loss, "grad_norm": self._norm}

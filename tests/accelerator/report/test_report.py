@@ -143,6 +143,20 @@ def test_what_backward_did_not_hide_is_communication_and_is_counted_once(tmp_pat
     )
 
 
+def test_models_that_begin_to_be_trained_one_after_the_other_are_told_apart(tmp_path: Path) -> None:
+    """As a GAN's: until the first is trained, the exchange that is measured is the second's."""
+    line = {"step": 1, "time": 1.0, "seconds": 1.0, "phases": {"closing_backward": 0.9}, "windows": 1, "samples": 8}
+    first, second = [1, 0.5, 0.25], [1, 0.125, 0.0625]
+    for rank in range(2):
+        exchanges = [[None, None], [None, second], [first, [2, *second[1:]]]]
+        write(tmp_path / "timing" / f"rank{rank}.jsonl", [{**line, "exchanges": told} for told in exchanges])
+    run = read_run(tmp_path)
+    assert run.ranks[0].exchanges() == {1: (1, *first[1:]), 2: (2, *second[1:])}
+    text = page([run])
+    assert "<td>rank 1, model 1</td><td>500.00 ms</td><td>250.00 ms</td><td>250.00 ms</td><td></td>" in text
+    assert "on a CPU and with one model, the communication above" in text
+
+
 def test_a_restart_of_all_ranks_is_one_event(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     for rank in range(2):  # two jobs, the second of which started twice again

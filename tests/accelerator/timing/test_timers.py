@@ -166,7 +166,7 @@ def test_each_rank_of_each_strategy_leaves_its_lines(
         assert all({"forward", "closing_backward", "optimizer"} <= line["phases"].keys() for line in measured[1:3])
         assert all(sum(line["phases"].values()) <= line["seconds"] + 1e-4 for line in measured)
         assert all(line["phases"]["collectives"] > 0 for line in measured[1:3])
-        exchanges = [tuple(one) for line in measured for one in line["exchanges"]]
+        exchanges = [tuple(one) for line in measured for one in line["exchanges"] if one is not None]
         assert sorted({number for number, _, _ in exchanges}) == ([1, 2] if strategy == "ddp" else [])
         assert all(0 < hidden <= seconds < 60 for _, seconds, hidden in exchanges)
         assert all(line["memory"]["resident"] > 2**20 for line in measured)
@@ -220,3 +220,24 @@ def test_timers_are_off_without_a_folder_and_asking_for_them_then_is_an_error(tm
         Accelerator("cpu", timers=True)
     with pytest.raises(ConfigurationError, match=r"count_flops is true \(code\), but there is no timers"):
         Accelerator("cpu", project_dir=tmp_path, timers=False, count_flops=True)
+
+
+def train_the_second(folder: str) -> None:
+    timers.INTERVAL_SECONDS = 0.0
+    accelerator = Accelerator("ddp", project_dir=folder)
+    _, model = accelerator.prepare(nn.Linear(8, 8), nn.Linear(8, 1))
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(3):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(2, 8)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    accelerator.end_training()
+    timers.INTERVAL_SECONDS = 1.0
+
+
+def test_an_exchange_is_told_at_the_place_of_its_model(ranks: RankPool, tmp_path: Path) -> None:
+    ranks(train_the_second, str(tmp_path), nproc=2)
+    told = [line["exchanges"] for line in lines_of(tmp_path) if "phases" in line]
+    assert any(second is not None for _, second in told)
+    assert all(first is None for first, _ in told)
