@@ -158,6 +158,11 @@ def _document(table: Mapping[str, Any], name: str) -> Document:
     for section in (*SECTIONS, *UNBUILT):
         if not isinstance(table.get(section) or {}, dict):
             raise ConfigurationError(f"{section} is {table[section]!r} ({name}); expected keys and values under it.")
+        strange = [key for key in table.get(section) or {} if not isinstance(key, str)]
+        if strange:
+            raise ConfigurationError(
+                f"{section} has the key {strange[0]!r} ({name}); expected words. Correct it or take it out."
+            )
     _refuse_both_names(table, name)
     machines = number("num_machines", table.get("num_machines") or 1)
     parallelism = table.get("parallelism_config") or {}
@@ -197,7 +202,13 @@ def _inside(section: str, key: str, value: Any, document: Document) -> Iterator[
     shown = f"{section}.{key}"
     ignored = READ_BY.get(section, document.kind) != document.kind
     if section in UNBUILT:
-        yield Fate(shown, value, _unread(document) if ignored else lost(UNBUILT[section]))
+        if ignored:
+            outcome = _unread(document)
+        elif all(is_off(each) for each in document.table[section].values()):  # `ipex: false`, as of the questionnaire
+            outcome = needless("asks for nothing")
+        else:
+            outcome = lost(UNBUILT[section])
+        yield Fate(shown, value, outcome)
         return
     if section == "fsdp_config" and key == "xla_fsdp_settings":
         for inner, below in (value or {}).items():

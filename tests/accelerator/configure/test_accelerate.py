@@ -276,6 +276,8 @@ def test_a_mesh_with_tensor_parallelism_loses_its_shards_too() -> None:
         ("distributed_type: NO\nnum_procesess: 1", "num_procesess .* Did you mean 'num_processes'"),
         ("distributed_type: FSDP\nfsdp_config: {fsdp_ofload_params: true}", "Did you mean 'fsdp_offload_params'"),
         ("distributed_type: FSDP\nfsdp_config: 3", "fsdp_config is 3"),
+        ("distributed_type: FSDP\nfsdp_config: {1: 2}", r"fsdp_config has the key 1 \(x.yaml\); expected words"),
+        ("distributed_type: FSDP\nfp8_config: {on: 2}", "fp8_config has the key True"),
         (
             "distributed_type: FSDP\nfsdp_config: {fsdp_offload_params: maybe}",
             "fsdp_offload_params is 'maybe'; expected t",

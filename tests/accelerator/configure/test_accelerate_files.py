@@ -31,6 +31,7 @@ num_machines: 4
 num_processes: 16
 use_cpu: true
 """
+ANSWERED_NO = "distributed_type: MULTI_CPU\nipex_config: {ipex: false}\nnum_processes: 2\n"
 MPS_OF_2022 = "distributed_type: MPS\nmixed_precision: 'no'\nnum_processes: 1\nuse_mps_device: true\ncommand: null\n"
 FP8 = f"""{PLAIN}
 distributed_type: MULTI_GPU
@@ -132,6 +133,7 @@ num_processes: 2
             {"strategy": "ddp", "ddp.device": "cpu", "launch.nnodes": "4", "launch.nproc_per_node": 4},
             ["ipex_config.ipex", "mpirun_config.mpirun_ccl", "mpirun_config.mpirun_hostfile"],
         ),
+        (ANSWERED_NO, {"strategy": "ddp", "ddp.device": "cpu", "launch.nproc_per_node": 2}, []),
         (MPS_OF_2022, {"strategy": "single", "launch.nproc_per_node": 1, "mixed_precision": "no"}, []),
         (
             FP8,
