@@ -44,7 +44,10 @@ def _renamed(found: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str,
     sources: dict[str, str] = {}
     for name, new in names.items():
         if sources.setdefault(new, name) != name:
-            raise StateError(f"{sources[new]} and {name} of the checkpoint are both {new} in the model")
+            raise StateError(
+                f"{sources[new]} and {name} of the checkpoint are both {new} in the model. Have key_mapping give each "
+                "a name of its own."
+            )
     return {new: found[name] for new, name in sources.items()}
 
 

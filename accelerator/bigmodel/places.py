@@ -39,7 +39,7 @@ def rests(device: Device, main: torch.device) -> bool:
 
 
 def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
-    """Raise `ConfigurationError` if a device map names what is not in the model, or leaves something of it out."""
+    """Raise `ConfigurationError` if a device map does not give each tensor of the model one place, or names others."""
     if not isinstance(device_map, Mapping) or not all(isinstance(name, str) for name in device_map):
         raise ConfigurationError(
             f"device_map is {device_map!r}; expected a mapping from names of modules to devices, such as {{'': 'disk'}}"
@@ -71,7 +71,7 @@ def _in_two_places(tensors: Mapping[str, Tensor], device_map: DeviceMap) -> list
         here, there = device_of(name, device_map), device_of(other, device_map)
         if _spelled_out(here) != _spelled_out(there):
             problems.append(f"{other} is {name}, and is to be on {there!r} and on {here!r}")
-    return problems[:20]
+    return [*problems[:20], "give tied weights the same place under all their names"] if problems else []
 
 
 def _spelled_out(device: Device) -> object:

@@ -161,7 +161,9 @@ def test_a_device_map_that_leaves_out_one_name_of_a_tied_weight() -> None:
 def test_a_device_map_that_gives_a_tied_weight_two_places() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight
-    with pytest.raises(ConfigurationError, match=r"0.weight is 1.weight, and is to be on 'cpu' and on 'disk'"):
+    with pytest.raises(
+        ConfigurationError, match=r"0.weight is 1.weight, and is to be on 'cpu' and on 'disk'; give tied"
+    ):
         load_checkpoint_in_model(model, {"0.weight": torch.ones(2, 2)}, {"0": "cpu", "1": "disk"})
     load_checkpoint_in_model(model, {"0.weight": torch.ones(2, 2)}, {"0": "cpu", "1": "cpu:0"})
 
