@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 _PLACED = "prepare() places what it returns; move other tensors with .to(accelerator.device)"
@@ -94,7 +96,7 @@ _PARALLEL = "only data are parallel here, with DDP, FSDP and XLA"
 def says_it_in_our_words(cls: type[T]) -> type[T]:
     """Have `cls` answer Accelerate's arguments with a `TypeError`, its attributes with an `AttributeError`."""
     for name, words in ARGUMENTS.items():
-        setattr(cls, name, _answering(getattr(cls, name), words))
+        setattr(cls, name, answering(getattr(cls, name), words, f"Accelerator.{name}"))
 
     def missing(self: object, name: str) -> Any:
         words = ATTRIBUTES.get(name, _PARALLEL if name.endswith(("_parallel_rank", "_parallelism_enabled")) else "")
@@ -104,12 +106,14 @@ def says_it_in_our_words(cls: type[T]) -> type[T]:
     return cls
 
 
-def _answering(method: Callable[..., Any], words: Mapping[str, str]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
+def answering(function: Callable[P, R], words: Mapping[str, str], name: str) -> Callable[P, R]:
+    """Have `function`, called `name`, raise a `TypeError` with the words for an argument that it does not take."""
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for word in kwargs:
             if word in words:
-                raise TypeError(f"Accelerator.{method.__name__}() has no argument {word!r}: {words[word]}.")
-        return method(*args, **kwargs)
+                raise TypeError(f"{name}() has no argument {word!r}: {words[word]}.")
+        return function(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace(co_name=method.__name__)  # by which the table of a hang calls it
-    return functools.wraps(method)(call)
+    call.__code__ = call.__code__.replace(co_name=function.__name__)  # by which the table of a hang calls it
+    return functools.wraps(function)(call)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from strategies.errors import ConfigurationError
+from accelerator.accelerate_words import answering
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _ALL_FOLLOW = "leave it out: all tensors among the inputs follow the weights"
 _EACH_READS = "leave it out: every process maps the checkpoint for itself"
@@ -36,15 +35,7 @@ _INSTEAD = {
 }
 
 
-def unlike_accelerate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Have `function` raise `ConfigurationError` for an argument that only Accelerate's function of its name has."""
+def unlike_accelerate(function: Callable[P, R]) -> Callable[P, R]:
+    """Have `function` raise a `TypeError` for an argument that only Accelerate's function of its name has."""
     own = inspect.signature(function).parameters
-
-    @functools.wraps(function)
-    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        for name in kwargs:
-            if name not in own and name in _INSTEAD:
-                raise ConfigurationError(f"{function.__name__} has no argument {name!r}: {_INSTEAD[name]}")
-        return function(*args, **kwargs)
-
-    return checked
+    return answering(function, {name: words for name, words in _INSTEAD.items() if name not in own}, function.__name__)
