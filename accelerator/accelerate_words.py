@@ -100,7 +100,9 @@ def says_it_in_our_words(cls: type[T]) -> type[T]:
 
     def missing(self: object, name: str) -> Any:
         words = ATTRIBUTES.get(name, _PARALLEL if name.endswith(("_parallel_rank", "_parallelism_enabled")) else "")
-        raise AttributeError(f"Accelerator has no attribute {name!r}" + (f": {words}." if words else ""))
+        if words and not hasattr(type(self), name):
+            raise AttributeError(f"Accelerator has no attribute {name!r}: {words}.")
+        return object.__getattribute__(self, name)  # raises again, also what a property did
 
     setattr(cls, "__getattr__", missing)  # noqa: B010  # type checkers shall go on without it
     return cls

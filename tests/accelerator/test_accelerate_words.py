@@ -103,6 +103,16 @@ def test_an_attribute_of_accelerates_is_answered_and_others_are_not() -> None:
         accelerator.prepare(nn.Linear(1, 1), nonsense=True)
 
 
+def test_what_a_property_raises_is_not_hidden() -> None:
+    class Mine(Accelerator):
+        @property
+        def state(self) -> Any:
+            return self.device.nonsense  # type: ignore[attr-defined]
+
+    with pytest.raises(AttributeError, match=r"'torch.device' object has no attribute 'nonsense'"):
+        _ = Mine("cpu").state
+
+
 def test_the_module_inside_with_accelerates_words() -> None:
     accelerator = Accelerator("cpu")
     module = nn.Linear(2, 1)
