@@ -33,10 +33,10 @@ class RankData:
         for line in self.lines:
             for name, seconds in line["phases"].items():
                 total[name] = total.get(name, 0.0) + seconds
-        after, closing = self.after_backward(), total.get("closing_backward", 0.0)
-        if after is not None and self.about.get("device") == "cpu":
-            total["communication"] = min(after, closing)
-            total["closing_backward"] = closing - total["communication"]
+        after = self.after_backward()
+        if after is not None and self._waits_itself:
+            total["communication"] = after
+            total["closing_backward"] = total.get("closing_backward", 0.0) - after
         total["other"] = max(0.0, self.seconds - sum(total.values()))
         return total
 
@@ -64,13 +64,21 @@ class RankData:
     def after_backward(self) -> float | None:
         """Seconds of the whole run in which gradients were exchanged with no backward beside it, as far as measured.
 
-        `None` where none was, and for several models, which may have different windows.
+        `None` where none was, and for several models, which may have different windows. On a CPU it is a part of the
+        closing backwards: the windows that were measured may have been slower than the others.
         """
         found = list(self.exchanges().values())
         if len(found) != 1:
             return None
         _, seconds, hidden = found[0]
-        return float(max(0.0, seconds - hidden) * sum(line["windows"] for line in self.lines))
+        after = max(0.0, seconds - hidden) * sum(line["windows"] for line in self.lines)
+        closing = sum(line["phases"].get("closing_backward", 0.0) for line in self.lines)
+        return float(min(after, closing) if self._waits_itself else after)
+
+    @property
+    def _waits_itself(self) -> bool:
+        """Whether the host waits for the exchange, and no device."""
+        return bool(self.about.get("device") == "cpu")
 
     def exchange(self) -> float | None:
         """Share of the time in which closing backwards took longer than open ones; `None` without accumulation."""
@@ -120,9 +128,9 @@ class RunData:
         return list(zip(steps, total.tolist(), strict=True))
 
     def samples_per_second(self) -> float | None:
-        """The mean of it over the run."""
+        """The mean of it over the run, of all ranks together; `None` where no prepared loader counted them."""
         rates = [sum(line["samples"] for line in rank.lines) / rank.seconds for rank in self.ranks if rank.seconds]
-        return float(sum(rates)) if rates else None
+        return float(sum(rates)) or None
 
     def memory(self) -> Points:
         """Bytes of the first rank by step: of its device if it has one, else resident."""
