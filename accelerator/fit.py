@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _AT_ONCE = 2**20  # numbers that are looked at together
 _LARGE = 1e30  # below what float32 and bfloat16 can hold
@@ -43,33 +43,6 @@ def differing_ties(names: Sequence[str], found: Mapping[str, Tensor]) -> str | N
         if not _are_equal(found[there[0]], found[name]):
             return f"{there[0]} and {name} are one tensor of the model, and two that differ in the checkpoint"
     return None
-
-
-def hint_at_names(
-    model: nn.Module, missing: Sequence[str], unexpected: Sequence[str], known: Collection[str], found: Collection[str]
-) -> str:
-    """What to do if a checkpoint has the weights of a model under other names; empty if it does not look so."""
-    if not missing or not unexpected:
-        return ""
-    for names, others, words in (
-        (unexpected, known, "in the checkpoint only. Load with key_mapping={{{0!r}: ''}}"),
-        (missing, found, "in the model only. Load into the module behind it (model.{1}), or with key_mapping={2}"),
-    ):
-        prefix = names[0].partition(".")[0] + "."
-        if all(name.startswith(prefix) and name.removeprefix(prefix) in others for name in names):
-            pattern, added = "^" + prefix.replace(".", "[.]"), {"^": prefix}
-            return f" Names begin with {prefix!r} " + words.format(pattern, prefix[:-1], added) + "."
-    if is_of_transformers(model):
-        return (
-            " transformers may save weights under other names than the model's, which its from_pretrained knows: load "
-            "with that, and go on from there, with disk_offload(model) or dispatch_model(model, device_map)."
-        )
-    return ""
-
-
-def is_of_transformers(model: nn.Module) -> bool:
-    """Whether transformers made the class of `model`, which is not imported for that."""
-    return any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from accelerator.fit import differing_ties, hint_at_names, misfit
+from accelerator.fit import differing_ties, misfit
 from accelerator.saved_weights import SavedWeights
 from strategies.deferred_init import EMPTY
 from strategies.errors import StateError, listed
@@ -22,7 +22,7 @@ from strategies.shards import copy_whole, is_quantized
 from . import pages
 from .build import fill_buffers
 from .files import of_safetensors
-from .names import tensors_for
+from .names import hint_at_names, tensors_for
 from .parts import check_dtype
 from .places import Device, DeviceMap, check_device_map, device_of
 from .quantize import Quantize, quantized, ways_of

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from accelerator.fit import is_of_transformers
 from accelerator.saved_weights import SavedWeights
 from strategies.errors import ConfigurationError, StateError, listed
 
@@ -37,6 +36,28 @@ def tensors_for(
             raise ConfigurationError("key_mapping is not for what save_state wrote, which has the model's own names")
         return _renamed(found, {name: _substituted(name, key_mapping) for name in found})
     return found if isinstance(found, SavedWeights) else _as_transformers_would(model, found)
+
+
+def hint_at_names(
+    model: nn.Module, missing: Sequence[str], unexpected: Sequence[str], known: Collection[str], found: Collection[str]
+) -> str:
+    """What to do if a checkpoint has the weights of a model under other names; empty if it does not look so."""
+    if not missing or not unexpected:
+        return ""
+    for names, others, words in (
+        (unexpected, known, "in the checkpoint only. Load with key_mapping={{{0!r}: ''}}"),
+        (missing, found, "in the model only. Load into the module behind it (model.{1}), or with key_mapping={2}"),
+    ):
+        prefix = names[0].partition(".")[0] + "."
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in others for name in names):
+            pattern, added = "^" + prefix.replace(".", "[.]"), {"^": prefix}
+            return f" Names begin with {prefix!r} " + words.format(pattern, prefix[:-1], added) + "."
+    if _is_of_transformers(model):
+        return (
+            " transformers may save weights under other names than the model's, which its from_pretrained knows: load "
+            "with that, and go on from there, with disk_offload(model) or dispatch_model(model, device_map)."
+        )
+    return ""
 
 
 def _renamed(found: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -68,7 +89,7 @@ def _as_transformers_would(model: nn.Module, found: Mapping[str, Tensor]) -> Map
 
     Raises `StateError` for weights that it would also merge, split or turn.
     """
-    if not is_of_transformers(model):
+    if not _is_of_transformers(model):
         return found
     names_of: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -101,3 +122,8 @@ def _as_transformers_would(model: nn.Module, found: Mapping[str, Tensor]) -> Map
     ignored = [re.compile(pattern) for pattern in pretrained._keys_to_ignore_on_load_unexpected or ()]
     needless = {name for name, new in names.items() if new not in there and any(one.search(name) for one in ignored)}
     return _renamed(found, {name: new for name, new in names.items() if name not in needless})
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    """Whether transformers made the class of `model`, which is not imported for that."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
