@@ -95,7 +95,7 @@ def load_checkpoint_in_model(
     stay as they are. `quantization_errors` measures what it costs.
 
     `key_mapping`: regular expressions and what takes the place of what they match in the names of the checkpoint, such
-    as `{r"^module\\.": ""}`. Without it, a model of transformers 5 that misses something gets the names that its
+    as `{r"^module\\.": ""}`. A model of transformers 5 that then misses something gets the names that its
     `from_pretrained` gives; `StateError` if that would merge or turn weights too.
 
     Raises `StateError` before anything is changed: for a checkpoint that is damaged or unsafe; and, all together, for

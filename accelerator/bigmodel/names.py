@@ -20,8 +20,8 @@ def tensors_for(
 ) -> Mapping[str, Tensor]:
     """Every tensor of a checkpoint, or of those given, named as in `model`; none is read for that.
 
-    `key_mapping`: regular expressions and what takes the place of what they match, one after the other. Without, names
-    that `model` does not have are those that transformers gives it, if it is a model of transformers.
+    `key_mapping`: regular expressions and what takes the place of what they match, one after the other. Names that
+    `model` then does not have are those that transformers gives it, if it is a model of transformers.
     """
     if isinstance(checkpoint, str | os.PathLike):
         found = tensors_of(checkpoint, type(model).__name__)
@@ -34,7 +34,7 @@ def tensors_for(
     if key_mapping is not None:
         if isinstance(found, SavedWeights):
             raise ConfigurationError("key_mapping is not for what save_state wrote, which has the model's own names")
-        return _renamed(found, {name: _substituted(name, key_mapping) for name in found})
+        found = _renamed(found, {name: _substituted(name, key_mapping) for name in found})
     return found if isinstance(found, SavedWeights) else _as_transformers_would(model, found)
 
 

@@ -147,6 +147,17 @@ def test_names_that_transformers_gives(build: Any, change: Any, tmp_path: Path) 
     torch.testing.assert_close(dict(model.state_dict()), dict(own.state_dict()), rtol=0, atol=0)
 
 
+def test_a_mapping_comes_before_the_names_of_transformers(tmp_path: Path) -> None:
+    """What DDP saved of a model whose files have other names."""
+    expected = vit()
+    expected.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda state: {f"module.{name}": tensor for name, tensor in state.items()})
+    with init_empty_weights():
+        model = vit()
+    load_checkpoint_in_model(model, tmp_path, key_mapping={r"^module\.": ""})
+    torch.testing.assert_close(dict(model.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+
+
 def test_weights_that_transformers_merges(tmp_path: Path) -> None:
     expected = mixtral().eval()
     expected.save_pretrained(tmp_path)
