@@ -18,7 +18,7 @@ def gather_samples(
     tree: Any, sources: Sources, world: World, loader: DataLoader[Any] | None = None, *, as_objects: bool = False
 ) -> Any:
     """`tree`, with values of the batch that the loop holds, from all ranks: see `Accelerator.gather_for_metrics`."""
-    size = num_samples(tree)
+    size = None if as_objects else num_samples(tree)
     if size is None and isinstance(tree, list):
         size = len(tree)
     cursor = sources.measuring(size, loader)
@@ -33,14 +33,15 @@ def gather_samples(
             "for a value of your own, such as a count, use reduce or gather."
         )
     if cursor.padded_to is not None:
-        tree = _of_samples(tree, cursor, cursor.padded_to)
+        tree = _of_samples(tree, cursor, cursor.padded_to, as_objects=as_objects)
     return collectives.gather_uneven(tree, world, keep=not cursor.is_ghost, as_objects=as_objects)
 
 
-def _of_samples(tree: Any, cursor: Cursor, rows: int) -> Any:
+def _of_samples(tree: Any, cursor: Cursor, rows: int, *, as_objects: bool) -> Any:
     """`tree` without the rows of ghosts. Raises `DataError` for a value that is not one row per sample."""
-    tensors = list(iterate_tensors(tree))
-    if not tensors and isinstance(tree, list) and len(tree) == rows:
+    is_list = isinstance(tree, list)
+    tensors = [] if as_objects and is_list else list(iterate_tensors(tree))
+    if is_list and not tensors and len(tree) == rows:
         return tree[: cursor.samples]
     wrong = next((tuple(tensor.shape) for tensor in tensors if tensor.ndim == 0 or len(tensor) != rows), None)
     if wrong is not None or not tensors:

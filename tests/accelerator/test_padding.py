@@ -214,7 +214,7 @@ def test_batches_whose_length_is_not_the_library_s_are_refused_for_training_only
 
 def test_what_is_gathered_has_a_row_for_each_sample() -> None:
     accelerator, model, _, loader = make(Case(length=7, batch_size=4))
-    names = []
+    names, found = [], []
     for x, y, _ in loader:
         with accelerator.accumulate(model):
             losses = sample_losses(model, x, y)
@@ -223,7 +223,12 @@ def test_what_is_gathered_has_a_row_for_each_sample() -> None:
         for wrong in (losses.mean(), losses[:3], {"losses": losses, "first": losses[:1]}, "text"):
             with pytest.raises(DataError, match=r"gather_for_metrics got .* expected 4 rows, one for each sample"):
                 accelerator.gather_for_metrics(wrong)
+        spans = [torch.full((4,), float(number)) for number in range(4)]  # as long as the batch, by chance
+        found += accelerator.gather_for_metrics(spans, use_gather_object=True)
+        with pytest.raises(DataError, match="gather_for_metrics got list"):
+            accelerator.gather_for_metrics(spans[:3], use_gather_object=True)
     assert names == ["0", "1", "2", "3", "0", "1", "2"]
+    assert [tensor.tolist() for tensor in found] == [[float(name)] * 4 for name in names]
     with pytest.raises(DataError, match="after the loop over its loader had ended"):
         accelerator.gather_for_metrics(losses)
 
