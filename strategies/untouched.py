@@ -16,8 +16,8 @@ class Untouched:
     """Notices that a loop has written into all gradients of a window, as torch's own clipping does.
 
     It looks at the first and the last parameter of each optimizer: two tell a change of all from one of some, such as
-    rows of an embedding that are kept at zero. Of gradients that are cut over ranks nothing is known: torch does not
-    count what is written into a `DTensor`.
+    rows of an embedding that are kept at zero. Of one parameter alone nothing is known, nor of gradients that are cut
+    over ranks: torch does not count what is written into a `DTensor`.
     """
 
     def __init__(self, optimizers: Sequence[OptimizerLink]) -> None:
@@ -53,7 +53,7 @@ class Untouched:
         found = []
         for optimizer in self._optimizers:
             groups = optimizer.original.param_groups
-            for parameter in (*groups[0]["params"][:1], *groups[-1]["params"][-1:]):
+            for parameter in dict.fromkeys([*groups[0]["params"][:1], *groups[-1]["params"][-1:]]):
                 gradient = parameter.grad
                 if gradient is not None and not is_sharded(gradient):
                     found.append(gradient._version)

@@ -104,3 +104,18 @@ def test_where_gradients_are_those_of_the_step_torch_may_clip_them() -> None:
 @pytest.mark.parametrize("name", WRONG)
 def test_a_change_of_some_gradients_is_not_looked_at(name: str) -> None:
     assert torch.equal(train(mask, **WRONG[name]), train(lambda accelerator, model: None, **WRONG[name]))
+
+
+def test_a_change_of_the_only_gradient_may_be_one_of_some_rows() -> None:
+    accelerator = Accelerator("cpu", gradient_accumulation_steps=2)
+    words = nn.Embedding(8, 3)
+    model, optimizer = accelerator.prepare(words, torch.optim.SGD(words.parameters(), lr=0.1))
+    before = words.weight.detach().clone()
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.arange(8)).square().mean())
+            assert words.weight.grad is not None
+            words.weight.grad[0].zero_()  # it stays as it is
+            optimizer.step()
+    assert torch.equal(words.weight[0], before[0])
+    assert not torch.equal(words.weight[1], before[1])
