@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _ANSWER_SECONDS = 6.0  # torch takes some to tell what its flight recorder holds, and a full machine as long
 _STORE_SECONDS = 3.0
 _LOOK_SECONDS = 1.0  # of an interval without limits, in which it looks again where nothing seemed to move
+_moments = random.Random()  # not those of the script, whose draws a seed decides
 _log = logging.getLogger("accelerator")
 
 
@@ -163,7 +164,7 @@ class HangWatch(Observer):
         if self._limits is None:
             self._stop.wait(interval - _LOOK_SECONDS)
         while (left := end - time.monotonic()) > 0:
-            if self._stop.wait(left if moved else min(left, random.uniform(0.01, 0.05))):
+            if self._stop.wait(left if moved else min(left, _moments.uniform(0.01, 0.05))):
                 break
             moved = moved or self._seen() != last
         return moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
 import threading
 import time
@@ -112,6 +113,16 @@ class Numbers(IterableDataset[torch.Tensor]):
 @pytest.mark.parametrize("phase", [prepares_first, evaluates_alone, reads_slowly])
 def test_long_phases_that_are_meant_are_not_told_of(phase: Callable[[Accelerator], None], ranks: RankPool) -> None:
     assert ranks(told_while, phase) == [[], []]
+
+
+def draws(accelerator: Accelerator) -> None:
+    random.seed(3)
+    time.sleep(1.5)  # is looked at meanwhile
+    assert random.random() == random.Random(3).random()
+
+
+def test_the_looks_leave_the_draws_of_the_script_as_they_are(ranks: RankPool) -> None:
+    assert ranks(told_while, draws) == [[], []]
 
 
 def test_no_notice_where_none_is_wanted(ranks: RankPool) -> None:
