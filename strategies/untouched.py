@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from .errors import StepError
 from .shards import is_sharded
 
@@ -26,7 +28,7 @@ class Untouched:
 
     def look(self) -> None:
         """Note how often gradients have been written to until now."""
-        self._seen = self._versions()
+        self._seen = [gradient._version for gradient in self._gradients()]
 
     def forget(self) -> None:
         """They are not looked after any longer."""
@@ -37,8 +39,9 @@ class Untouched:
         before = self._seen
         if not before:
             return
-        now, self._seen = self._versions(), []
-        if 2 <= len(now) == len(before) and all(new > old for new, old in zip(now, before, strict=True)):
+        now, self._seen = self._gradients(), []
+        is_written = all(new._version > old for new, old in zip(now, before, strict=False))
+        if is_written and 2 <= len(now) == len(before) and any(map(_has_any, now)):  # else zeroed, to begin anew
             what = (
                 "those of a part of the window" if is_open else "still to be divided, by the loss scale or by weights"
             )
@@ -49,12 +52,16 @@ class Untouched:
                 "float('inf') before, where accelerator.sync_gradients is true, and they are those of the step."
             )
 
-    def _versions(self) -> list[int]:
+    def _gradients(self) -> list[Tensor]:
         found = []
         for optimizer in self._optimizers:
             groups = optimizer.original.param_groups
             for parameter in dict.fromkeys([*groups[0]["params"][:1], *groups[-1]["params"][-1:]]):
                 gradient = parameter.grad
                 if gradient is not None and not is_sharded(gradient):
-                    found.append(gradient._version)
+                    found.append(gradient)
         return found
+
+
+def _has_any(gradient: Tensor) -> bool:
+    return bool((gradient._values() if gradient.is_sparse else gradient).any())

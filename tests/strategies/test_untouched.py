@@ -119,3 +119,15 @@ def test_a_change_of_the_only_gradient_may_be_one_of_some_rows() -> None:
             optimizer.step()
     assert torch.equal(words.weight[0], before[0])
     assert not torch.equal(words.weight[1], before[1])
+
+
+def test_gradients_of_a_batch_that_was_not_stepped_on_may_be_zeroed() -> None:
+    accelerator = Accelerator("cpu", mixed_precision="fp16")
+    net: Any = make_model(torch.float32)
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    for number in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        accelerator.backward(1e-5 * model(X).float().square().mean())
+        if number != 1:  # as where a loss is not finite
+            optimizer.step()
+    assert accelerator._accumulation.steps_taken == 2
