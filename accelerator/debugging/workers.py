@@ -16,6 +16,7 @@ from .position import is_of_the_script
 
 _ASK = getattr(signal, "SIGRTMIN", 0) + 5  # one that scripts and libraries leave alone; not on macOS
 _SECONDS = 1.0
+_MOST_FRAMES = 100  # that faulthandler writes
 _WORKER = os.path.join("torch", "utils", "data", "_utils", "worker.py")
 _FETCH = os.path.join("torch", "utils", "data", "_utils", "fetch.py")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
@@ -69,6 +70,8 @@ class Workers:
 def _place(stack: str) -> str:
     """The innermost line of the script; of a worker that reads without one, the innermost line of all."""
     frames = [found.groups() for found in _FRAME.finditer(stack)]  # innermost first; those of the parent follow
+    if len(frames) < _MOST_FRAMES and not any(path.endswith(_WORKER) for path, _, _ in frames):
+        return ""  # a process of the script's own
     frames = list(takewhile(lambda frame: not frame[0].endswith(_WORKER), frames))
     candidates = [frame for frame in frames if is_of_the_script(frame[0])]
     if not candidates and any(path.endswith(_FETCH) for path, _, _ in frames):

@@ -98,6 +98,7 @@ def deadlocked_worker() -> None:
     model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), data)
     children: set[Any] = set()
     threading.Thread(target=watch_children, args=[children], daemon=True).start()
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=[60], daemon=True).start()  # reads nothing
     for batch in loader:  # whose worker is deadlocked
         with accelerator.accumulate(model):
             accelerator.backward(model(batch).mean())
