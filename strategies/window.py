@@ -144,6 +144,8 @@ class Window:
         """Run backward of `loss`, with its weight in the window: a mean over this micro-batch, or a loss per sample."""
         cursor = self._cursor
         padded = cursor is not None and cursor.padded_to is not None
+        if "gradient" in arguments:
+            raise StepError("backward() takes no gradient=, which is what the loss weighs here: multiply the loss")
         if padded or not is_mean(loss):
             models = [model.original for model in self.models]
             loss, weight = mean_loss(loss, weight, cursor, models, frozen=bool(self._frozen))

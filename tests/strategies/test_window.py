@@ -136,6 +136,15 @@ def test_a_loss_that_is_none_is_refused(kind: str, message: str, inside: bool) -
             accelerator.backward(given)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_gradient_for_the_loss_is_refused_in_every_window(steps: int) -> None:
+    accelerator, model, _, loader = prepared(Case(steps=steps))
+    x, y, _ = next(iter(loader))
+    loss = sample_losses(model, x, y).mean()
+    with accelerator.accumulate(model), pytest.raises(StepError, match=r"takes no gradient=.*: multiply the loss"):
+        accelerator.backward(loss, gradient=torch.tensor(2.0))
+
+
 def test_a_loss_of_one_element_is_a_scalar() -> None:
     case = Case(length=9, steps=2)
     accelerator, model, optimizer, loader = prepared(case)
