@@ -68,5 +68,5 @@ def test_the_processes_asked_for_must_be_the_ones_found(
         check_world(settings, World(size=size))
         return
     expected = f"launch.nproc_per_node is {nproc} (ACCELERATOR_LAUNCH__NPROC_PER_NODE)"
-    with pytest.raises(LaunchError, match=f"{re.escape(expected)}.*{size} found.*`accelerator launch`"):
+    with pytest.raises(LaunchError, match=f"{re.escape(expected)}.*, found: {size}.*`accelerator launch`"):
         check_world(settings, World(size=size))

@@ -172,7 +172,7 @@ def test_a_deadlock_in_a_worker_is_told_and_the_worker_ended(fresh: FreshProcess
     """Left alive, it would keep what reads the job's output waiting, too."""
     script = "import test_hangs\nif __name__ == '__main__':\n    test_hangs.deadlocked_worker()\n"
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    (ended,) = fresh(script, env={"PYTHONPATH": paths}, warm=True)
+    (ended,) = fresh(script, env={"PYTHONPATH": paths})
     assert ended.returncode == 1, ended.stderr
     assert sorted(re.findall(r"hello \d", ended.stdout)) == ["hello 0", "hello 1"]
     place = ended.stderr.partition("Rank 0 is in no collective, at ")[2].splitlines()[0]
