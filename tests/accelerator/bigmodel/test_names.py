@@ -19,6 +19,7 @@ from accelerator.bigmodel import (
 )
 from blocks_net import Net, make_net
 from strategies.errors import ConfigurationError, StateError
+from torch_version import torchao_runs
 
 
 def named_otherwise(folder: Path) -> Path:
@@ -182,6 +183,7 @@ def test_a_foreign_file_is_reported_with_the_names_it_has(tmp_path: Path) -> Non
         load_checkpoint_in_model(model, tmp_path)
 
 
+@torchao_runs
 def test_errors_of_quantizing_are_found_under_other_names(tmp_path: Path) -> None:
     vit().save_pretrained(tmp_path)
     with init_empty_weights():

@@ -140,8 +140,8 @@ def test_a_forged_state_changes_nothing(tmp_path: Path, case: str) -> None:
 
 
 def half(folder: str) -> str:
-    rank = Accelerator(DDP()).process_index
-    run = Run(folder, steps=3, strategy=DDP(), refuses=rank == 1)
+    first = Accelerator(DDP())  # which lives on: one group at a time
+    run = Run(folder, steps=3, strategy=DDP(), refuses=first.process_index == 1)
     saved = run.accelerator.save_state()
     with pytest.raises(StateError) as caught:
         run.accelerator.load_state(saved)
