@@ -124,7 +124,10 @@ class HangWatch(Observer):
             interval, least = min(max(min(self._limits) / 8, 0.1), 2.0), 0.1
         else:
             interval, least = self._notice_after / 4, 0.01
-        last, moves, heard, told = self._seen(), 0, "", ""
+        # Not yet looked: frames hold what their functions do, and an Accelerator that is dropped as soon as it is made
+        # would end in this thread.
+        last: object = None
+        moves, heard, told = 0, "", ""
         since = alive = time.monotonic()  # when this rank, and when any, was last seen to move
         used = self._seconds_used()
         while True:

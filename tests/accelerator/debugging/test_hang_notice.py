@@ -162,3 +162,12 @@ def test_the_thread_may_be_the_one_that_ends_the_watch() -> None:
     watch = EndsItself(accumulation, notice=0, timeout=60, first_step_timeout=60)  # an exception would fail the test
     watch._thread.join(10)
     assert not watch._thread.is_alive()
+
+
+def make_and_drop() -> list[int]:
+    return [Accelerator("ddp").process_index for _ in range(8)]
+
+
+def test_accelerators_that_are_dropped_at_once_do_not_end_in_the_thread(ranks: RankPool) -> None:
+    """It held them where it looked as they were made; a group was then closed while the next one was joined."""
+    assert ranks(make_and_drop) == [[0] * 8, [1] * 8]
