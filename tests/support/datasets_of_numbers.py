@@ -1,8 +1,9 @@
-"""Datasets whose samples are their own indices."""
+"""Datasets whose samples are their own indices, or follow from them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,20 @@ class Numbers(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.tensor(index)
+
+
+class Sines(Dataset[Any]):
+    """Samples of shape (width,), all alike inside, none like another."""
+
+    def __init__(self, length: int, width: int) -> None:
+        self.length = length
+        self.width = width
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((self.width,), index / self.length).sin()
 
 
 class Stream(IterableDataset[Tensor]):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from accelerator import Accelerator
+from datasets_of_numbers import Sines
 
 BATCH = 4
 
@@ -28,15 +29,9 @@ class Seen:
         self.samples = state["samples"]
 
 
-class Numbers(torch.utils.data.Dataset[Any]):
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
+class WithIndices(Sines):
     def __getitem__(self, index: int) -> Any:
-        return torch.full((16,), index / self.length).sin(), index
+        return super().__getitem__(index), index
 
 
 def train(
@@ -49,7 +44,7 @@ def train(
     accelerator = Accelerator(strategy, project_dir=folder, seed=0, split_batches=True, gradient_accumulation_steps=2)
     net = nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.2), nn.Tanh(), nn.Linear(64, 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-    loader = torch.utils.data.DataLoader(Numbers(length), BATCH, shuffle=True)
+    loader = torch.utils.data.DataLoader(WithIndices(length, 16), BATCH, shuffle=True)
     model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     seen = Seen()
     accelerator.register_for_checkpointing(seen)

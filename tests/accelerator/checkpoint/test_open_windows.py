@@ -11,6 +11,7 @@ from torch import nn
 
 from accelerator import Accelerator
 from blocks_net import Net, losses_of
+from datasets_of_numbers import Sines
 from rank_pool import RankPool
 from strategies import CPU, DDP, FSDP, StateError
 
@@ -23,17 +24,6 @@ PLACES: dict[str, tuple[Any, int]] = {
     "fsdp 2 reducing": (FSDP(reduce_every_micro_batch=True, ignored_params=("head.bias",)), 2),
     "hsdp": (FSDP(replicate=2), 4),
 }
-
-
-class Numbers(torch.utils.data.Dataset[Any]):
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Any:
-        return torch.full((5,), index / self.length).sin()
 
 
 def run(
@@ -57,7 +47,7 @@ def run(
     )
     first, second = Net(), Net(width=4)
     optimizers = [torch.optim.AdamW(net.parameters(), lr=0.01, eps=1e-3) for net in (first, second)]
-    loaders = [torch.utils.data.DataLoader(Numbers(length), batch, shuffle=True) for length in (18, 19)]
+    loaders = [torch.utils.data.DataLoader(Sines(length, 5), batch, shuffle=True) for length in (18, 19)]
     *models, one, two, left, right = accelerator.prepare(first, second, *optimizers, *loaders)
     accelerator.resume()
     drop = nn.Dropout(dropout)
@@ -139,7 +129,7 @@ def first_window(folder: Path, batch: int, steps: int) -> tuple[torch.Tensor, in
     """Go on to the end of the first window; the weights then, and the samples of its last part."""
     accelerator = Accelerator(CPU(), gradient_accumulation_steps=steps, project_dir=folder, seed=1)
     net = Net()
-    loader = torch.utils.data.DataLoader(Numbers(60), batch, shuffle=True)
+    loader = torch.utils.data.DataLoader(Sines(60, 5), batch, shuffle=True)
     model, optimizer, loader = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), loader)
     begun = accelerator.resume() is not None
     samples = 0
